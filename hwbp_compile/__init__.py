@@ -1,0 +1,9 @@
+"""hwbp_compile: a ``torch.compile`` backend that runs the backward pass of residual models in parallel."""
+
+from .errors import OptionError as OptionError
+from .options import Options as Options
+from .options import list_options as list_options
+from .solvers import solve as solve
+
+__version__ = "0.1.0"
+__all__ = ["OptionError", "Options", "list_options", "solve"]

@@ -1,0 +1,67 @@
+"""The door of ``torch.compile``: options in, a compiled function out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from . import _compat
+from .options import Options, parse_options
+from .passes.pipeline import rewrite
+from .report.log import log_record
+
+log = logging.getLogger(__name__)
+
+
+def highway(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile ``gm`` so that its backward pass runs in parallel over depth; see :class:`.options.Options`.
+
+    Not called directly: ``torch.compile(model, backend="highway", options={...})``.
+
+    Raises:
+        OptionError: an option has a wrong name, type or value.
+    """
+    ours, inductor = parse_options(options, mode)
+    compiler = _compat.compile_op_by_op if ours.codegen == "eager" else _compat.compile_with_inductor
+    return compiler(gm, example_inputs, inductor, HighwayPass(ours))
+
+
+class HighwayPass:
+    """The rewrite as a pass over joint graphs, with an identity that caches can rely on."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
+        if self.options.iterations == "exact" or self.options.apply == "never":
+            return
+        log_record(rewrite(graph, self.options), graph)
+
+    def uuid(self) -> Any:
+        """Changes with any option, any of our sources and the version of torch."""
+        return ("hwbp_compile", _source_hash(), torch.__version__, tuple(sorted(self.options.to_dict().items(), key=str)))
+
+
+@functools.cache
+def _source_hash() -> str:
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

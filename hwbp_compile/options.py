@@ -1,0 +1,114 @@
+"""The options of the backend: one dataclass, and the checks that turn a user's dictionary into it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from . import _compat
+from .errors import OptionError
+
+
+def _option(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of ``backend="highway"``. Each is checked when the object is made.
+
+    Raises:
+        OptionError: a value has a wrong type or is out of range.
+    """
+
+    iterations: int | Literal["exact"] = _option(
+        4, 'the paper\'s k: int >= 0, or "exact" for no approximation at all'
+    )
+    gamma: float = _option(
+        0.0, "share of the residual path counted as part of the block, in [0, 1]; 1 is fixed-point iteration"
+    )
+    group_size: int = _option(
+        1, "so many consecutive blocks count as one, swept exactly; the group next to the input may be short"
+    )
+    exact_tail: int = _option(0, "so many blocks next to the input are swept exactly after the iteration")
+    min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
+    apply: Literal["always", "never"] = _option("always", '"always" rewrites what it can, "never" leaves all exact')
+    codegen: Literal["inductor", "eager"] = _option(
+        "inductor", '"inductor" generates code, "eager" runs the rewritten graph op by op, for debugging'
+    )
+
+    def __post_init__(self) -> None:
+        if self.iterations != "exact":
+            _check_int("iterations", self.iterations, 0, ' or "exact"')
+        _check_int("group_size", self.group_size, 1)
+        _check_int("exact_tail", self.exact_tail, 0)
+        _check_int("min_blocks", self.min_blocks, 1)
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)) or not 0 <= self.gamma <= 1:
+            raise OptionError(f"Option gamma must be a number in [0, 1], but is {self.gamma!r}.")
+        object.__setattr__(self, "gamma", float(self.gamma))
+        _check_choice("apply", self.apply, ("always", "never"))
+        _check_choice("codegen", self.codegen, ("inductor", "eager"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options by name."""
+        return asdict(self)
+
+
+def _check_int(name: str, value: Any, low: int, alternative: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise OptionError(f"Option {name} must be an integer >= {low}{alternative}, but is {value!r}.")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"Option {name} must be one of {', '.join(map(repr, allowed))}, but is {value!r}.")
+
+
+def list_options() -> dict[str, dict[str, Any]]:
+    """The options of the backend by name, each with its ``default`` and a one-line ``doc``.
+
+    Any other option is taken for one of Inductor's; see ``torch._inductor.list_options()``.
+    """
+    return {f.name: {"default": f.default, "doc": f.metadata["doc"]} for f in fields(Options)}
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
+    """Split what was given to ``torch.compile`` into our options and a configuration of Inductor.
+
+    Raises:
+        OptionError: a name is unknown, or a value has a wrong type or is out of range.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options must be a dictionary, but is of type {type(options).__name__}.")
+    try:
+        inductor = _compat.inductor_mode_options(mode)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    ours = {f.name for f in fields(Options)}
+    known: dict[str, Any] | None = None
+    mine: dict[str, Any] = {}
+    for name, value in (options or {}).items():
+        if name in ours:
+            mine[name] = value
+            continue
+        known = _compat.inductor_options() if known is None else known
+        key = str(name).replace("-", "_")
+        if key not in known:
+            near = difflib.get_close_matches(str(name), [*ours, *known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(ours))} and Inductor's."
+            raise OptionError(f"Option {name!r} is unknown; {hint}")
+        present = known[key]
+        if isinstance(present, (bool, int, float, str)) and not _same_type(value, present):
+            raise OptionError(
+                f"Option {name} (of Inductor) must be of type {type(present).__name__}, but is {value!r}."
+            )
+        inductor[key] = value
+    return Options(**mine), inductor
+
+
+def _same_type(value: Any, present: Any) -> bool:
+    if isinstance(present, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(present, bool)
+    return isinstance(value, type(present)) or (isinstance(present, float) and isinstance(value, int))

@@ -1,0 +1,111 @@
+"""Batching rules for the operators that ``vmap`` would loop over, refuse or pay for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CannotRewrite
+from .batch import Stacked, batching_rule, pointwise, stacked, vmap_rule
+
+aten = torch.ops.aten
+
+
+@batching_rule("view _unsafe_view reshape")
+def _reshape(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    # Stacking gives other strides than the single value had, so a view may have to copy.
+    return Stacked(aten.reshape.default(args[0].value, [blocks, *args[1]]))
+
+
+@batching_rule("clone _to_copy alias detach contiguous lift_fresh_copy")
+def _copy(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    # A memory format such as channels-last says nothing about a tensor with one more dimension.
+    kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
+    return Stacked(target(args[0].value, **kwargs))
+
+
+@batching_rule("prims::convert_element_type prims::view_of")
+def _convert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    return Stacked(target(args[0].value, *args[1:], **kwargs))
+
+
+@batching_rule("prims::fma")
+def _fma(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    return pointwise(target, args, kwargs, blocks)
+
+
+@batching_rule("select_scatter slice_scatter")
+def _scatter(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    value, source, *rest = args
+    dim = rest[0] if rest else 0
+    rank = value.value.dim() - 1 if isinstance(value, Stacked) else value.dim()
+    dim = dim + 1 if dim >= 0 else dim + rank + 1
+    return Stacked(target(stacked(value, blocks), stacked(source, blocks), dim, *rest[1:], **kwargs))
+
+
+@batching_rule("convolution_backward")
+def _convolution_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """The gradient of the input: blocks join the groups if their weights differ, the batch if not."""
+    grad, value, weight, _, *settings, groups, mask = args
+    if mask[1] or mask[2]:
+        raise CannotRewrite(f"{target} for a weight inside of a block")
+    grad, value = stacked(grad, blocks), stacked(value, blocks)
+    if not isinstance(weight, Stacked):
+        out = target(grad.flatten(0, 1), value.flatten(0, 1), weight, None, *settings, groups, mask)[0]
+        return Stacked(out.reshape(value.shape)), None, None
+    # [n, B, C, ...] -> [B, n * C, ...]
+    merged = [x.movedim(0, 1).flatten(1, 2) for x in (grad, value)]
+    out = target(*merged, weight.value.flatten(0, 1), None, *settings, groups * blocks, mask)[0]
+    batch, channels = value.shape[1], value.shape[2]
+    return Stacked(out.reshape(batch, blocks, channels, *value.shape[3:]).movedim(1, 0)), None, None
+
+
+_ATTENTION_FOLDED = {"grad_out", "grad_out_", "query", "key", "value", "out", "logsumexp"}
+_ATTENTION_BIAS = {"attn_mask", "attn_bias"}
+
+
+@batching_rule(
+    "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
+    "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward"
+)
+def _attention_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """Fold the blocks into the batch; ``vmap`` would loop over them."""
+    names = [argument.name for argument in target._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("dropout_p", 0.0):
+        raise CannotRewrite(f"unsupported operator {target} with dropout (its random state differs between blocks)")
+    batch = stacked(given["query"], blocks).shape[1]
+
+    def fold(name: str, value: Any) -> Any:
+        if name in _ATTENTION_FOLDED:
+            return stacked(value, blocks).flatten(0, 1)
+        if name in _ATTENTION_BIAS and value is not None:
+            rank = value.value.dim() - 1 if isinstance(value, Stacked) else value.dim()
+            if rank != 4:
+                if isinstance(value, Stacked):
+                    raise CannotRewrite(f"unsupported operator {target} with a different {rank}-d mask for each block")
+                return value
+            rows = stacked(value, blocks)
+            return rows.expand(blocks, batch, *rows.shape[2:]).flatten(0, 1)
+        # What is left differs only in random state that is unused without dropout.
+        return value.value[0] if isinstance(value, Stacked) else value
+
+    folded = {name: fold(name, value) for name, value in given.items()}
+    outputs = target(*(folded.pop(name) for name in names[: len(args)]), **folded)
+    return tuple(
+        Stacked(o.reshape(blocks, batch, *o.shape[1:])) if isinstance(o, Tensor) and o.dim() == 4 else o for o in outputs
+    )
+
+
+@batching_rule("mm")
+def _mm(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """One large product where a factor is shared, a batch of small ones where not."""
+    a, b = args
+    if isinstance(a, Stacked) and isinstance(b, Stacked):
+        return Stacked(aten.bmm.default(a.value, b.value))
+    if isinstance(a, Stacked):
+        rows = a.value.shape[1]
+        return Stacked(aten.mm.default(a.value.flatten(0, 1), b).reshape(blocks, rows, b.shape[1]))
+    return vmap_rule(target, args, kwargs, blocks)

@@ -1,0 +1,62 @@
+"""Fourth pass: group the blocks of a chain by structure.
+
+Two blocks are of one class if the same operators are applied in the same arrangement to values of the same
+shapes and dtypes. Blocks of one class are evaluated together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..chain import Block, BlockClass
+from .program import canonical_order, externals_of
+
+Signature = tuple[Any, ...]
+
+
+def signature(block: Block) -> Signature:
+    """What two blocks have in common if and only if one program serves both."""
+    names: dict[Node, str] = {node: f"entry{i}" for i, node in enumerate(block.entry)}
+    for i, node in enumerate(externals_of(block)):
+        # A symbolic size is no tensor to stack: blocks of one class must share it.
+        names[node] = f"external{i}:{_value(node)}"
+    lines = []
+    for i, node in enumerate(canonical_order(block)):
+        names[node] = f"node{i}"
+        arguments = str(map_arg(node.args, lambda n: _Name(names[n]))), str(map_arg(node.kwargs, lambda n: _Name(names[n])))
+        lines.append((str(node.target), *arguments, _value(node)))
+    return (tuple(_value(n) for n in block.entry), tuple(lines), tuple(names[n] for n in block.exit))
+
+
+class _Name(str):
+    """A string that prints without quotes, so that a node's name is told from a string argument."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _value(node: Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{tuple(str(d) for d in value.shape)}{value.device}"
+    if isinstance(value, (tuple, list)):
+        return "tuple"
+    return f"{type(value).__name__} {value}"
+
+
+def classify(blocks: tuple[Block, ...]) -> tuple[BlockClass, ...]:
+    """The classes of a chain's blocks, in order of their first member."""
+    members: dict[Signature, list[int]] = {}
+    for i, block in enumerate(blocks):
+        members.setdefault(signature(block), []).append(i)
+    classes = []
+    for positions in members.values():
+        rows = [externals_of(blocks[i]) for i in positions]
+        classes.append(BlockClass(tuple(positions), tuple(zip(*rows, strict=True)), blocks[positions[0]]))
+    return tuple(classes)

@@ -1,0 +1,52 @@
+"""Accumulate cotangents along a residual path: the paper's ``S``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..residual import Coefficient, ResidualPath, add_values, apply
+from .op import linear_scan
+
+State = tuple[Tensor, ...]
+
+
+def scan_path(path: ResidualPath, order: tuple[int, ...], first: State, later: tuple[Tensor | None, ...],
+              blocks: int) -> State:
+    """Return ``u[0] = first``, ``u[p + 1] = later[p] + K_p u[p]``, stacked: ``[blocks + 1, ...]``.
+
+    Args:
+        path: ``K``, scannable in ``order`` (see :meth:`ResidualPath.split_triangular`).
+        order: the order in which components are resolved.
+        first: one state.
+        later: stacked rows per component, None for zero.
+        blocks: the number of rows of ``later``.
+    """
+    done: dict[int, Tensor] = {}
+    for i in order:
+        terms = later[i]
+        for j, entry in enumerate(path.entries[i]):
+            if j != i and entry is not None:
+                terms = add_values(terms, apply(entry, done[j][:-1]))
+        done[i] = torch.cat([first[i].unsqueeze(0), _scan_one(path.entries[i][i], first[i], terms, blocks)])
+    return tuple(done[i] for i in range(path.size))
+
+
+def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blocks: int) -> Tensor:
+    """Rows ``1 ..`` of one component's recurrence."""
+    shape = (blocks, *first.shape)
+    if terms is None:
+        if coefficient is None:
+            return first.new_zeros(shape)
+        if isinstance(coefficient, float) and coefficient == 1.0:
+            return first.unsqueeze(0).expand(shape)
+        terms = first.new_zeros(shape)
+    if coefficient is None:
+        return terms
+    if isinstance(coefficient, float):
+        if coefficient == 1.0:
+            # A half-precision running sum would lose what a sum of autograd's `add`s in float32 keeps.
+            wide = torch.float32 if terms.dtype in (torch.float16, torch.bfloat16) else terms.dtype
+            return (first.unsqueeze(0).to(wide) + torch.cumsum(terms, 0, dtype=wide)).to(terms.dtype)
+        coefficient = terms.new_full((1,) * terms.dim(), coefficient)
+    return linear_scan(terms, coefficient.to(terms.dtype).expand(shape), first)

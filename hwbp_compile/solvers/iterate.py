@@ -1,0 +1,110 @@
+"""Highway-BP: alternate all blocks' VJPs with one scan along the residual path.
+
+The chain's cotangents solve ``(I - K') w = b + J' w`` for every way to write the blocks' Jacobians as
+``K' + J'``. The iteration
+
+    w <- (I - K')^-1 (b + J' w)
+
+starts from ``J' = 0``: the paper's ``w0``. It is exact after as many iterations as there are blocks, since
+both operators are strictly triangular. ``gamma`` and ``group_size`` only choose the split.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..residual import ResidualPath, add_values
+from ..scan.path import scan_path
+from ..system import State, System
+from .group import GroupedSystem
+
+
+def solve(
+    system: System,
+    *,
+    iterations: int,
+    gamma: float = 0.0,
+    group_size: int = 1,
+    exact_tail: int = 0,
+) -> State:
+    """Return the cotangents of every state of the chain, stacked: ``[blocks + 1, ...]`` per component.
+
+    Args:
+        system: the chain.
+        iterations: the paper's k. More than the number of (groups of) blocks changes nothing.
+        gamma: the share of the residual path that is counted as part of the block; 1 is fixed-point iteration.
+        group_size: so many consecutive blocks count as one. Groups are counted from the loss, so the group
+            next to the input is the short one when the number of blocks is no multiple.
+        exact_tail: so many blocks next to the input are swept exactly, one by one, after the iteration.
+
+    Row ``p + 1`` is the cotangent of block ``p``'s input; row 0 is ``system.first``.
+    """
+    if exact_tail >= system.blocks:
+        return sweep(system, system.first, range(system.blocks))
+    head = system.blocks - exact_tail
+    if exact_tail:
+        w = solve(HeadSystem(system, head), iterations=iterations, gamma=gamma, group_size=group_size)
+        tail = sweep(system, tuple(c[-1] for c in w), range(head, system.blocks))
+        return tuple(torch.cat([a, b[1:]]) for a, b in zip(w, tail, strict=True))
+    if group_size > 1:
+        grouped = GroupedSystem(system, group_size)
+        return grouped.expand(iterate(grouped, iterations, gamma))
+    return iterate(system, iterations, gamma)
+
+
+def iterate(system: System, iterations: int, gamma: float) -> State:
+    """The plain iteration over a system's blocks; arguments and result as in :func:`solve`."""
+    blocks = system.blocks
+    residual = system.residual
+    kept, dropped, order = residual.split_triangular()
+    kept, moved = kept.scaled(1.0 - gamma), _sum_paths(kept.scaled(gamma), dropped)
+    w = scan_path(kept, order, system.first, system.later, blocks)
+    everything = range(blocks)
+    for _ in range(min(iterations, blocks)):
+        rows = tuple(c[:-1] for c in w)
+        v = system.block_vjp(rows, everything)
+        terms = tuple(
+            add_values(add_values(block, path), direct)
+            for block, path, direct in zip(v, moved.apply(rows), system.later, strict=True)
+        )
+        w = scan_path(kept, order, system.first, terms, blocks)
+    return w
+
+
+def sweep(system: System, first: State, blocks: range) -> State:
+    """Exact backpropagation through ``blocks``, one after the other; rows ``[len(blocks) + 1, ...]``."""
+    rows: list[State] = [first]
+    for p in blocks:
+        here = range(p, p + 1)
+        w = tuple(c.unsqueeze(0) for c in rows[-1])
+        parts = (system.block_vjp(w, here), system.residual.rows(here).apply(w))
+        direct = tuple(None if c is None else c[p : p + 1] for c in system.later)
+        total = [add_values(add_values(j, k), b) for j, k, b in zip(*parts, direct, strict=True)]
+        rows.append(tuple(_not_none(c).squeeze(0) for c in total))
+    return tuple(torch.stack(component) for component in zip(*rows, strict=True))
+
+
+class HeadSystem:
+    """The first blocks of another system, those next to the loss."""
+
+    def __init__(self, system: System, blocks: int) -> None:
+        self.blocks = blocks
+        self.first = system.first
+        self.later = tuple(None if c is None else c[:blocks] for c in system.later)
+        self.residual = system.residual.rows(range(blocks))
+        self.block_vjp = system.block_vjp
+
+
+def _sum_paths(a: ResidualPath, b: ResidualPath) -> ResidualPath:
+    return ResidualPath(
+        tuple(
+            tuple(y if x is None else x if y is None else x + y for x, y in zip(p, q, strict=True))
+            for p, q in zip(a.entries, b.entries, strict=True)
+        )
+    )
+
+
+def _not_none(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
