@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -196,18 +198,120 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     )
 
 
-def compiled_parts(model: Any) -> tuple[Any, dict[str, Any] | None, str | None]:
-    """Of what ``torch.compile`` returned: the original callable, its options and its mode."""
-    original = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-    if original is None:
-        return model, None, None
-    context = getattr(model, "dynamo_ctx", None) or getattr(model, "_torchdynamo_context", None)
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What ``torch.compile`` was asked for, read back from what it returned."""
+
+    original: Any
+    """The callable that was compiled."""
+    backend: str | None = None
+    """None if it was not compiled."""
+    options: dict[str, Any] | None = None
+    mode: str | None = None
+    dynamic: bool | None = None
+
+
+def compiled_parts(model: Any) -> Compiled:
+    """Take apart what ``torch.compile`` or ``Module.compile`` returned; anything else is its own original."""
+    in_place = getattr(model, "_compiled_call_impl", None) if isinstance(model, torch.nn.Module) else None
+    wrapper = in_place if in_place is not None else model
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        original, context = model._orig_mod, model.dynamo_ctx
+    elif hasattr(wrapper, "_torchdynamo_orig_callable") and hasattr(wrapper, "_torchdynamo_wrapper_id"):
+        original = model if in_place is not None else wrapper._torchdynamo_orig_callable
+        context = _dynamo_context(wrapper)
+    else:
+        return Compiled(model)
+    dynamic = getattr(context, "_dynamic", None)
     backend = getattr(context, "callback", None)
     for _ in range(8):
-        kwargs = getattr(backend, "kwargs", None)
-        if isinstance(kwargs, dict):
-            return original, kwargs.get("options"), kwargs.get("mode")
-        backend = getattr(backend, "_torchdynamo_orig_backend", None)
-        if backend is None:
+        if isinstance(getattr(backend, "kwargs", None), dict):
+            name = getattr(backend, "compiler_name", None) or "inductor"
+            return Compiled(original, name, backend.kwargs.get("options"), backend.kwargs.get("mode"), dynamic)
+        following = getattr(backend, "_torchdynamo_orig_backend", None)
+        if following is None:
             break
-    return original, None, None
+        backend = following
+    return Compiled(original, getattr(backend, "compiler_name", None) or getattr(backend, "__name__", "unknown"), dynamic=dynamic)
+
+
+def _dynamo_context(wrapper: Any) -> Any:
+    """The context that made a compiled function: it is kept only in the function's closure."""
+    for cell in getattr(wrapper, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, torch._dynamo.eval_frame._TorchDynamoContext):
+            return cell.cell_contents
+    return None
+
+
+@contextmanager
+def dynamo_caches_unchanged(backend: Callable[..., Any]) -> Iterator[None]:
+    """Compile with ``backend`` inside without a trace in Dynamo's caches, however full they are.
+
+    Shapes seen inside do not make later compilations dynamic, and cache entries made for ``backend`` are
+    dropped at the end, so that they never count against the user's recompile limit.
+    """
+    import torch._dynamo
+
+    unlimited = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+    try:
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, **unlimited):
+            yield
+    finally:
+        _drop_cache_entries(backend)
+
+
+def _drop_cache_entries(backend: Callable[..., Any]) -> None:
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo import convert_frame
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    for reference in list(convert_frame.input_codes.seen):
+        code = reference()
+        for entry in () if code is None else _debug_get_cache_entry_list(code):
+            if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
+                manager = entry.guard_manager
+                manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("the analysis is over"))
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBreak:
+    """Why Dynamo ended a graph before the end of the call."""
+
+    reason: str
+    """Its title and explanation in one line."""
+    line: str = ""
+    """``file:line`` of the user's code, if it is known."""
+
+
+def graph_break_of(gm: fx.GraphModule) -> GraphBreak | None:
+    """The graph break at the end of a graph that Dynamo handed to a backend."""
+    found = getattr(gm, "compile_subgraph_reason", None)
+    if found is None or not getattr(found, "graph_break", True):
+        return None
+    stack = list(getattr(found, "user_stack", ()))
+    return GraphBreak(_first_sentences(found.reason), f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
+
+
+@contextmanager
+def record_graph_breaks() -> Iterator[list[GraphBreak]]:
+    """Collect the graph breaks of all frames compiled inside, also of frames that Dynamo gave up."""
+    from torch._dynamo.utils import counters
+
+    found: list[GraphBreak] = []
+    kinds = ("unimplemented", "graph_break")
+    before = {kind: dict(counters[kind]) for kind in kinds}
+    try:
+        yield found
+    finally:
+        messages = [m for kind in kinds for m, count in counters[kind].items() if count > before[kind].get(m, 0)]
+        for message in dict.fromkeys(messages):
+            skipped = re.search(r"frame skipped: \S+ \((.+?) line (\d+)\)", message)
+            line = f"{skipped[1]}:{skipped[2]}" if skipped else ""
+            found.append(GraphBreak(_first_sentences(message) + (" (in a loop: the frame is not compiled)" if skipped else ""), line))
+
+
+def _first_sentences(message: str) -> str:
+    """Of Dynamo's many lines, the title and the explanation."""
+    title = message.strip().splitlines()[0].strip()
+    explanation = re.search(r"^\s*Explanation: (.*)$", message, re.MULTILINE)
+    return title if explanation is None else f"{title}: {explanation[1].strip()}"

@@ -93,7 +93,8 @@ def _attention_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, An
         return value.value[0] if isinstance(value, Stacked) else value
 
     folded = {name: fold(name, value) for name, value in given.items()}
-    outputs = target(*(folded.pop(name) for name in names[: len(args)]), **folded)
+    positional = [folded.pop(name) for name in names[: len(args)]]
+    outputs = target(*positional, **folded)
     return tuple(
         Stacked(o.reshape(blocks, batch, *o.shape[1:])) if isinstance(o, Tensor) and o.dim() == 4 else o for o in outputs
     )

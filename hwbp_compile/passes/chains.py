@@ -36,7 +36,8 @@ def find_chains(part: LinearPart) -> Iterator[Found]:
     """All chains of a joint graph, longest stream first, and what looked like one but is none."""
     excluded: set[Node] = set()
     while (stream := longest_stream(part, excluded)) is not None:
-        for found in _search(part, stream.path, MAX_HALVINGS):
+        searches = [_search(part, path, MAX_HALVINGS) for path in (stream.path, *stream.alternatives)]
+        for found in max(searches, key=_longest):
             yield found
             for block in found.blocks:
                 excluded.update(block.nodes)

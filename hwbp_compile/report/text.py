@@ -1,0 +1,95 @@
+"""An explanation as plain text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..options import Options
+from .where import shorten, shorten_lines
+
+if TYPE_CHECKING:
+    from .explanation import ChainReport, Explanation, GraphReport
+
+WIDTH = 110
+
+
+def render(explanation: Explanation) -> str:
+    """The whole report: a verdict, a table of the chains, remarks on each, notes and graphs."""
+    chains = explanation.chains
+    parts = [_verdict(explanation)]
+    if chains:
+        parts.append(_table(["", "blocks", "K", "state", "modules", "backward pass"], [_row(i, c) for i, c in enumerate(chains, 1)]))
+        parts.extend(_remarks(i, c) for i, c in enumerate(chains, 1) if _remarks(i, c))
+    if explanation.notes:
+        parts.append("\n".join(["Notes", *(_item(n) for n in explanation.notes)]))
+    if explanation.graphs:
+        parts.append("\n".join(_graph_line(i, g) for i, g in enumerate(explanation.graphs)))
+    return "\n\n".join(parts)
+
+
+def _verdict(explanation: Explanation) -> str:
+    chains, applied = explanation.chains, sum(c.applied for c in explanation.chains)
+    settings = _settings(explanation.options)
+    if not chains:
+        return f"Nothing is rewritten; the backward pass is exact. ({settings})"
+    noun = "residual chain" + "s" * (len(chains) != 1)
+    if not applied:
+        return f"None of {len(chains)} {noun} is rewritten; the backward pass is exact. ({settings})"
+    return f"{applied} of {len(chains)} {noun} {'are' if applied > 1 else 'is'} rewritten. ({settings})"
+
+
+def _settings(options: Options) -> str:
+    """Iterations, and whatever is not at its default."""
+    default = Options().to_dict()
+    shown = {k: v for k, v in options.to_dict().items() if k == "iterations" or v != default[k]}
+    return ", ".join(f"{k}={v!r}" for k, v in shown.items())
+
+
+def _row(number: int, chain: ChainReport) -> list[str]:
+    state = " and ".join(
+        f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in zip(chain.shapes, chain.dtypes, strict=True)
+    )
+    if chain.applied:
+        plural = "s" * (chain.iterations != 1)
+        verdict = f"{chain.iterations} iteration{plural}, {chain.new_nodes} new nodes"
+    else:
+        verdict = "exact"
+    return [str(number), str(chain.blocks), chain.residual or "-", state or "-", shorten(chain.modules) or "-", verdict]
+
+
+def _remarks(number: int, chain: ChainReport) -> str:
+    """What does not fit into the table."""
+    said = []
+    if chain.reason:
+        said.append(f"left exact: {chain.reason}")
+    if len(chain.classes) > 1:
+        sizes = ", ".join(map(str, chain.classes))
+        said.append(f"{len(chain.classes)} kinds of blocks ({sizes} of each), each batched on its own")
+    said.extend(chain.notes)
+    if chain.lines:
+        said.append(f"source of the first block: {shorten_lines(chain.lines)}")
+    return "\n".join([f"Chain {number}", *(_item(s) for s in said)]) if said else ""
+
+
+def _graph_line(index: int, graph: GraphReport) -> str:
+    passes = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph.seconds.items())
+    return (
+        f"Graph {index}: {graph.nodes_before} -> {graph.nodes_after} nodes, heavy operators in sequence in the "
+        f"backward pass {graph.depth_before} -> {graph.depth_after}; {passes}"
+    )
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        # Numbers to the right, words to the left.
+        return "  ".join(c.rjust(w) if i < 2 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])

@@ -1,0 +1,87 @@
+"""Run a case with exact, reference and highway gradients, and compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import hwbp_compile.backend
+from families import Case
+from hwbp_compile.passes.pipeline import Record
+from reference import Settings, plain_run, reference_run
+
+
+def gradients(case: Case, forward: Callable[..., Tensor], weight: Tensor | None = None) -> list[Tensor]:
+    """Gradients of all parameters and inputs of a fixed, non-linear function of the output."""
+    for p in case.model.parameters():
+        p.grad = None
+    inputs = [i.detach().clone().requires_grad_() if i.is_floating_point() else i for i in case.inputs]
+    out = forward(*inputs)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    (out * direction + 0.5 * out.square()).sum().backward()
+    values = [i for i in inputs if i.requires_grad] + list(case.model.parameters())
+    return [torch.zeros_like(v) if v.grad is None else v.grad.clone() for v in values]
+
+
+def exact(case: Case) -> list[Tensor]:
+    case.model.run = plain_run
+    return gradients(case, case.model)
+
+
+def reference(case: Case, settings: Settings) -> list[Tensor]:
+    case.model.run = reference_run(settings)
+    try:
+        return gradients(case, case.model)
+    finally:
+        case.model.run = plain_run
+
+
+@contextmanager
+def recorded() -> Iterator[list[Record]]:
+    """Collect what the passes did while the context lasts."""
+    records: list[Record] = []
+    original = hwbp_compile.backend.rewrite
+
+    def rewrite(*args: Any) -> Record:
+        records.append(original(*args))
+        return records[-1]
+
+    with mock.patch.object(hwbp_compile.backend, "rewrite", rewrite):
+        yield records
+
+
+def highway(case: Case, **options: Any) -> tuple[list[Tensor], list[Record]]:
+    torch._dynamo.reset()
+    options = {"codegen": "eager", "min_blocks": 2} | options
+    compiled = torch.compile(case.model, backend="highway", options=options, fullgraph=True)
+    with recorded() as records:
+        return gradients(case, compiled), records
+
+
+def rewritten(records: list[Record]) -> list[tuple[int, str]]:
+    """Length and kind of each chain that was rewritten."""
+    return [
+        (len(o.found.blocks), o.found.residual) for r in records for o in r.outcomes if o.schedule is not None
+    ]
+
+
+def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error of any one gradient; a gradient that must be zero counts absolutely."""
+    assert len(found) == len(expected)
+    scale = max(float(e.norm()) for e in expected)
+    return max(
+        float((f - e).norm()) / max(float(e.norm()), 1e-3 * scale) for f, e in zip(found, expected, strict=True)
+    )
+
+
+def float64(case: Case) -> Case:
+    """A copy of the case in double precision."""
+    model = copy.deepcopy(case.model).double()
+    return Case(model, tuple(i.double() if i.is_floating_point() else i for i in case.inputs), case.blocks, case.kinds)
