@@ -210,5 +210,13 @@ def _check(block: Block) -> None:
 
 
 def _chain(blocks: list[Block]) -> Chain:
-    kinds = dict.fromkeys(split(b).kind for b in blocks)
-    return Chain(tuple(blocks), " / ".join(kinds), classify(tuple(blocks)))
+    """The chain of these blocks, without an end whose residual path is of a kind that occurs only there.
+
+    Past its last block a stream may go on elementwise into something that merely looks like one more, such as
+    the gate of a cell's first step.
+    """
+    kinds = [split(b).kind for b in blocks]
+    first = 1 if len(blocks) > 2 and kinds[0] not in kinds[1:] else 0
+    last = len(blocks) - 1 if len(blocks) > 2 and kinds[-1] not in kinds[:-1] else len(blocks)
+    kept = tuple(blocks[first:last])
+    return Chain(kept, " / ".join(dict.fromkeys(kinds[first:last])), classify(kept))

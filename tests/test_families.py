@@ -1,0 +1,108 @@
+"""Every family: highway equals exact autograd at k = L and the reference at every k, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compare import exact, float64, highway, reference, relative_error, rewritten
+from families import FAMILIES, Case, Size
+from reference import Settings
+
+TOLERANCE = 1e-10
+
+sizes = st.builds(
+    Size,
+    depth=st.integers(3, 6),
+    width=st.sampled_from([4, 6, 8]),
+    batch=st.integers(1, 4),
+    length=st.integers(2, 5),
+)
+
+
+def build(family: str, size: Size, seed: int) -> Case:
+    torch.manual_seed(seed)
+    case = FAMILIES[family](size)
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in case.model.modules()) and size.batch == 1:
+        case.inputs = tuple(torch.cat([i, torch.randn_like(i)]) for i in case.inputs)
+    return float64(case)
+
+
+def check_found(case: Case, records: list) -> None:
+    found = rewritten(records)
+    assert sorted(n for n, _ in found) == sorted(case.blocks), [o.reason for r in records for o in r.outcomes]
+    for kind in case.kinds:
+        assert any(kind in name for _, name in found), found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(size=sizes, seed=st.integers(0, 2**31))
+def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) -> None:
+    case = build(family, size, seed)
+    found, records = highway(case, iterations=max(case.blocks))
+    check_found(case, records)
+    assert relative_error(found, exact(case)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(size=sizes, seed=st.integers(0, 2**31), data=st.data())
+def test_reference_at_every_k(family: str, size: Size, seed: int, data: st.DataObject) -> None:
+    case = build(family, size, seed)
+    errors = []
+    for k in (data.draw(st.integers(0, 1)), data.draw(st.integers(2, 3))):
+        found, records = highway(case, iterations=k)
+        check_found(case, records)
+        assert relative_error(found, reference(case, Settings(k))) <= TOLERANCE, k
+        errors.append(relative_error(found, exact(case)))
+    assert max(errors) > 1e-8, "with few iterations the gradient must differ from the exact one"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(
+    size=sizes,
+    seed=st.integers(0, 2**31),
+    gamma=st.sampled_from([0.0, 0.2, 0.8, 1.0]),
+    group_size=st.integers(1, 4),
+    exact_tail=st.integers(0, 2),
+    iterations=st.integers(0, 2),
+)
+def test_splits(
+    family: str, size: Size, seed: int, gamma: float, group_size: int, exact_tail: int, iterations: int
+) -> None:
+    case = build(family, size, seed)
+    split = {"gamma": gamma, "group_size": group_size, "exact_tail": exact_tail}
+    found, records = highway(case, iterations=iterations, **split)
+    check_found(case, records)
+    assert relative_error(found, reference(case, Settings(iterations, **split))) <= TOLERANCE
+    enough = max(-(-(n - exact_tail) // group_size) for n in case.blocks)
+    found, _ = highway(case, iterations=enough, **split)
+    assert relative_error(found, exact(case)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("option", "value"), [("gamma", 0.3), ("gamma", 1.0), ("group_size", 3), ("exact_tail", 2)])
+@pytest.mark.parametrize("family", ["residual_mlp", "resnet", "lstm_loop"])
+def test_each_split_alone(family: str, option: str, value: float) -> None:
+    case = build(family, Size(depth=5), 3)
+    found, _ = highway(case, iterations=1, **{option: value})
+    settings = Settings(1, **{option: value})  # type: ignore[arg-type]
+    assert relative_error(found, reference(case, settings)) <= TOLERANCE
+    plain, _ = highway(case, iterations=1)
+    assert relative_error(plain, found) > 1e-6, "the option has no effect"
+
+
+INDUCTOR_IN_CI = {"residual_mlp", "pre_ln_transformer", "resnet", "lstm_loop"}
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in INDUCTOR_IN_CI else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_inductor_in_single_precision(family: str) -> None:
+    size = Size(depth=4, width=8, batch=2, length=4)
+    expected = reference(build(family, size, 1), Settings(2))
+    torch.manual_seed(1)
+    case = FAMILIES[family](size)
+    found, records = highway(case, iterations=2, codegen="inductor")
+    check_found(case, records)
+    assert relative_error([f.double() for f in found], expected) <= 1e-4
