@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from ..chain import Block, BlockClass
 from .program import canonical_order, externals_of
+from .same_value import SameValue
 
 Signature = tuple[Any, ...]
 
@@ -56,7 +57,8 @@ def classify(blocks: tuple[Block, ...]) -> tuple[BlockClass, ...]:
     for i, block in enumerate(blocks):
         members.setdefault(signature(block), []).append(i)
     classes = []
+    same = SameValue()
     for positions in members.values():
-        rows = [externals_of(blocks[i]) for i in positions]
+        rows = [[same(n) for n in externals_of(blocks[i])] for i in positions]
         classes.append(BlockClass(tuple(positions), tuple(zip(*rows, strict=True)), blocks[positions[0]]))
     return tuple(classes)

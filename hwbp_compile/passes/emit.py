@@ -17,7 +17,6 @@ from ..chain import Chain
 from ..options import Options
 from ..solvers import solve
 from .depth_system import DepthSystem
-from .program import externals_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ def trace_schedule(chain: Chain, options: Options) -> Schedule:
         CannotRewrite: an operator of a block cannot be batched.
     """
     inputs: dict[Node, None] = dict.fromkeys(chain.blocks[0].entry)
-    for block in chain.blocks:
-        inputs.update(dict.fromkeys(externals_of(block)))
+    for each in chain.classes:
+        for column in each.externals:
+            inputs.update(dict.fromkeys(column))
     nodes = tuple(inputs)
     assert isinstance(options.iterations, int)
     iterations = options.iterations
