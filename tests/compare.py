@@ -8,12 +8,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from families import Case
+from reference import Settings, plain_run, reference_run
 from torch import Tensor
 
 import hwbp_compile.backend
-from families import Case
 from hwbp_compile.passes.pipeline import Record
-from reference import Settings, plain_run, reference_run
 
 
 def gradients(case: Case, forward: Callable[..., Tensor], weight: Tensor | None = None) -> list[Tensor]:
@@ -76,7 +76,8 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     assert len(found) == len(expected)
     scale = max(float(e.norm()) for e in expected)
     return max(
-        float((f - e).norm()) / max(float(e.norm()), 1e-3 * scale) for f, e in zip(found, expected, strict=True)
+        float((f - e).norm()) / max(float(e.norm()), 1e-3 * scale)
+        for f, e in zip(found, expected, strict=True)
     )
 
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile(
-    "default", deadline=None, max_examples=3, print_blob=True,
+    "default",
+    deadline=None,
+    max_examples=3,
+    print_blob=True,
     # Each example compiles a model, so shrinking a failure would take longer than looking at it.
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate],
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],

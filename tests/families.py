@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from reference import Run, State, Step, identity, module_step, plain_run
+from torch import Tensor, nn
 
 
 @dataclass
@@ -60,7 +59,9 @@ def mlp(d: int, hidden: int, act: type[nn.Module] = nn.GELU) -> nn.Sequential:
 class Plain(Chained):
     """A stem, a chain of one-tensor blocks, a head."""
 
-    def __init__(self, stem: nn.Module, blocks: Sequence[nn.Module], head: nn.Module, diagonals: Any = identity) -> None:
+    def __init__(
+        self, stem: nn.Module, blocks: Sequence[nn.Module], head: nn.Module, diagonals: Any = identity
+    ) -> None:
         super().__init__()
         self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
         self.steps = [module_step(b, _for(diagonals, b)) for b in blocks]
@@ -159,7 +160,9 @@ def mixer(s: Size) -> Case:
     for _ in range(s.depth):
         blocks += [Residual(nn.LayerNorm(d), TokenMixing(t)), Residual(nn.LayerNorm(d), mlp(d, 2 * d))]
     head = nn.Sequential(nn.LayerNorm(d), MeanOverTokens(), nn.Linear(d, 3))
-    return Case(Plain(nn.Linear(5, d), blocks, head), (torch.randn(s.batch, t, 5),), [2 * s.depth], ["identity"])
+    return Case(
+        Plain(nn.Linear(5, d), blocks, head), (torch.randn(s.batch, t, 5),), [2 * s.depth], ["identity"]
+    )
 
 
 class MeanOverTokens(nn.Module):
@@ -173,8 +176,12 @@ class PreAct(nn.Module):
     def __init__(self, c: int) -> None:
         super().__init__()
         self.f = nn.Sequential(
-            nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1, bias=False),
-            nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,8 +209,11 @@ class PostAct(nn.Module):
     def __init__(self, c: int) -> None:
         super().__init__()
         self.f = nn.Sequential(
-            nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(),
-            nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c),
+            nn.Conv2d(c, c, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c),
+            nn.ReLU(),
+            nn.Conv2d(c, c, 3, padding=1, bias=False),
+            nn.BatchNorm2d(c),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,8 +226,11 @@ class Down(nn.Module):
     def __init__(self, a: int, b: int) -> None:
         super().__init__()
         self.f = nn.Sequential(
-            nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
-            nn.Conv2d(b, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
+            nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(b),
+            nn.ReLU(),
+            nn.Conv2d(b, b, 3, padding=1, bias=False),
+            nn.BatchNorm2d(b),
         )
         self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1, stride=2, bias=False), nn.BatchNorm2d(b))
 
@@ -285,7 +298,13 @@ class Recurrent(Chained):
     """
 
     def __init__(
-        self, cell: nn.Module, d: int, state: int, step: Callable[[int], Step], every_step: bool, learned: bool = False
+        self,
+        cell: nn.Module,
+        d: int,
+        state: int,
+        step: Callable[[int], Step],
+        every_step: bool,
+        learned: bool = False,
     ) -> None:
         super().__init__()
         self.cell, self.out, self.state, self.every_step, self.d = cell, nn.Linear(d, 3), state, every_step, d
@@ -369,7 +388,12 @@ class LayerScale(nn.Module):
 
     def __init__(self, d: int, index: int) -> None:
         super().__init__()
-        self.norm, self.f, self.scale, self.index = nn.LayerNorm(d), mlp(d, 2 * d), nn.Parameter(torch.rand(d)), index
+        self.norm, self.f, self.scale, self.index = (
+            nn.LayerNorm(d),
+            mlp(d, 2 * d),
+            nn.Parameter(torch.rand(d)),
+            index,
+        )
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         return x + keep[self.index].unsqueeze(-1) * (self.scale * self.f(self.norm(x))) / 0.8
@@ -399,7 +423,9 @@ class AuxiliaryHeads(Chained):
         self.stem = nn.Linear(5, d)
         self.blocks = nn.ModuleList([Residual(nn.LayerNorm(d), mlp(d, d)) for _ in range(depth)])
         self.at = sorted({depth // 2, depth})
-        self.heads = nn.ModuleList([nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 3)) for _ in self.at])
+        self.heads = nn.ModuleList(
+            [nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, 3)) for _ in self.at]
+        )
         self.steps = [module_step(b, identity) for b in self.blocks]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -416,7 +442,12 @@ class CrossAttention(nn.Module):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.norm, self.q, self.kv, self.out = nn.LayerNorm(d), nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
+        self.norm, self.q, self.kv, self.out = (
+            nn.LayerNorm(d),
+            nn.Linear(d, d),
+            nn.Linear(d, 2 * d),
+            nn.Linear(d, d),
+        )
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         k, v = self.kv(memory).chunk(2, -1)
@@ -431,13 +462,18 @@ class EncoderDecoder(Chained):
         self.source, self.target = nn.Embedding(7, d), nn.Embedding(7, d)
         self.encoder = nn.ModuleList([Residual(nn.LayerNorm(d), mlp(d, 2 * d)) for _ in range(depth)])
         self.decoder = nn.ModuleList(
-            [CrossAttention(d) if i % 2 == 0 else Residual(nn.LayerNorm(d), mlp(d, 2 * d)) for i in range(2 * depth)]
+            [
+                CrossAttention(d) if i % 2 == 0 else Residual(nn.LayerNorm(d), mlp(d, 2 * d))
+                for i in range(2 * depth)
+            ]
         )
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 7)
         self.encoder_steps = [module_step(b, identity) for b in self.encoder]
         self.decoder_steps = [
-            module_step(b, identity) if isinstance(b, CrossAttention) else
-            Step(lambda x, m, b=b: (b(x),), identity, tuple(b.parameters())) for b in self.decoder
+            module_step(b, identity)
+            if isinstance(b, CrossAttention)
+            else Step(lambda x, m, b=b: (b(x),), identity, tuple(b.parameters()))
+            for b in self.decoder
         ]
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:

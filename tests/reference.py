@@ -85,7 +85,9 @@ class ReferenceChain(torch.autograd.Function):
         return (None, None, None, None, *w[0], *grads)
 
 
-def vjp(step: Step, state: State, extras: Sequence[Tensor], w: State, wrt: Sequence[Tensor]) -> list[Tensor | None]:
+def vjp(
+    step: Step, state: State, extras: Sequence[Tensor], w: State, wrt: Sequence[Tensor]
+) -> list[Tensor | None]:
     """``w`` times the Jacobian of one block by ``wrt``."""
     with torch.enable_grad():
         out = step.block(*state, *extras)

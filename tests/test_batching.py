@@ -45,13 +45,21 @@ def calls() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]
     mask4 = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     return {
         "view": lambda: (aten.view.default, (s(4, 6), [8, 3]), {}),
-        "view of a transpose": lambda: (aten.view.default, (Stacked(rand(4, N, 6).transpose(0, 1)), [24]), {}),
+        "view of a transpose": lambda: (
+            aten.view.default,
+            (Stacked(rand(4, N, 6).transpose(0, 1)), [24]),
+            {},
+        ),
         "clone": lambda: (aten.clone.default, (s(2, 3, 4, 4),), {"memory_format": torch.channels_last}),
         "cast": lambda: (torch.ops.prims.convert_element_type.default, (s(3), torch.float32), {}),
         "fma": lambda: (torch.ops.prims.fma.default, (s(2, 3), s(2, 3), s(2, 3)), {}),
         "mul": lambda: (aten.mul.Tensor, (s(4, 2, 3), s(2, 1)), {}),
         "mul by a shared value": lambda: (aten.mul.Tensor, (s(2, 3), rand(4, 2, 3)), {}),
-        "where": lambda: (aten.where.self, (Stacked(rand(N, 2, 3) > 0), s(2, 3), torch.zeros((), dtype=torch.float64)), {}),
+        "where": lambda: (
+            aten.where.self,
+            (Stacked(rand(N, 2, 3) > 0), s(2, 3), torch.zeros((), dtype=torch.float64)),
+            {},
+        ),
         "select_scatter": lambda: (aten.select_scatter.default, (rand(3, 2, 4), s(2, 4), 0, 1), {}),
         "select_scatter from behind": lambda: (aten.select_scatter.default, (s(3, 2, 4), s(3, 2), -1, 1), {}),
         "slice_scatter": lambda: (aten.slice_scatter.default, (rand(3, 4), s(3, 2), 1, 1, 3), {}),
@@ -66,16 +74,28 @@ def calls() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]
         "slice": lambda: (aten.slice.Tensor, (s(5, 3), 0, 1, 4), {}),
         "select": lambda: (aten.select.int, (s(5, 3), 1, 2), {}),
         "pad": lambda: (aten.constant_pad_nd.default, (s(2, 3), [1, 1]), {}),
-        "convolution": lambda: (aten.convolution_backward.default, (s(2, 4, 5, 5), s(2, 3, 5, 5), s(4, 3, 3, 3), None, *conv), {}),
+        "convolution": lambda: (
+            aten.convolution_backward.default,
+            (s(2, 4, 5, 5), s(2, 3, 5, 5), s(4, 3, 3, 3), None, *conv),
+            {},
+        ),
         "grouped convolution": lambda: (
-            aten.convolution_backward.default, (s(2, 6, 3, 3), s(2, 4, 6, 6), s(6, 2, 3, 3), None, *down), {}
+            aten.convolution_backward.default,
+            (s(2, 6, 3, 3), s(2, 4, 6, 6), s(6, 2, 3, 3), None, *down),
+            {},
         ),
         "convolution with a shared weight": lambda: (
-            aten.convolution_backward.default, (s(2, 4, 5, 5), s(2, 3, 5, 5), rand(4, 3, 3, 3), None, *conv), {}
+            aten.convolution_backward.default,
+            (s(2, 4, 5, 5), s(2, 3, 5, 5), rand(4, 3, 3, 3), None, *conv),
+            {},
         ),
-        "attention": lambda: (aten._scaled_dot_product_flash_attention_for_cpu_backward.default, *attention()),
+        "attention": lambda: (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            *attention(),
+        ),
         "attention with a mask": lambda: (
-            aten._scaled_dot_product_flash_attention_for_cpu_backward.default, *attention(mask=mask4)
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            *attention(mask=mask4),
         ),
         "attention with a flat mask": lambda: (
             aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
@@ -112,7 +132,13 @@ def test_number_of_nodes_does_not_depend_on_the_number_of_blocks(name: str) -> N
         tensors = [leaf.value for leaf in leaves if isinstance(leaf, Stacked)]
         repeated = [torch.cat([t] * 3)[:blocks].clone() for t in tensors]
 
-        def run(*values: Tensor, leaves: Any = leaves, spec: Any = spec, target: Any = target, blocks: int = blocks) -> Any:
+        def run(
+            *values: Tensor,
+            leaves: Any = leaves,
+            spec: Any = spec,
+            target: Any = target,
+            blocks: int = blocks,
+        ) -> Any:
             it = iter(values)
             filled = [Stacked(next(it)) if isinstance(leaf, Stacked) else leaf for leaf in leaves]
             a, k = pytree.tree_unflatten(filled, spec)
@@ -157,7 +183,9 @@ def test_gather(rows: list[int]) -> None:
     torch.testing.assert_close(gather(stack, rows), stack[rows])
 
 
-@pytest.mark.parametrize("pattern", ["a", "aaaa", "ababab", "aab" * 4, "xabababy", "abbabaab", "aabbcc", "xyabcabcabcz", "ab"])
+@pytest.mark.parametrize(
+    "pattern", ["a", "aaaa", "ababab", "aab" * 4, "xabababy", "abbabaab", "aabbcc", "xyabcabcabcz", "ab"]
+)
 def test_interleave_undoes_gather(pattern: str) -> None:
     stack = rand(len(pattern), 2)
     parts = []

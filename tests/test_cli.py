@@ -117,7 +117,6 @@ def test_as_a_program(file: Path) -> None:
     done = run(file.parent, "-m", "hwbp_compile", "explain", f"{file.stem}:factory")
     assert done.returncode == 0, done.stderr
     assert "identity" in done.stdout
-    assert run(file.parent, "-m", "hwbp_compile", "explain", "nothing").returncode == 2
 
 
 @pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -381,6 +381,15 @@ def test_another_backend_is_mentioned() -> None:
     assert any('backend="inductor"' in n for n in explanation.notes)
 
 
+def test_parts_that_are_compiled_on_their_own() -> None:
+    model = Mlp()
+    for i in range(4):
+        model.h[i] = torch.compile(model.h[i], backend="highway")
+    explanation = explain(model, inputs(), options=SHORT)
+    assert explanation.chains[0].modules == tuple(f"h.{i}" for i in range(4))
+    assert any("compiled on their own" in n for n in explanation.notes)
+
+
 def test_compiled_parts() -> None:
     model = Mlp()
     parts = compiled_parts(torch.compile(model, backend="highway", mode="max-autotune", dynamic=False))
@@ -500,6 +509,7 @@ class Restless(Mlp):
         return super().forward(self.drop(self.bn(x)) + random.random() + float(np.random.rand()))
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
 def test_nothing_is_changed() -> None:
     model, x, cache = Restless(), inputs(), torch.zeros(3)
     model.head.eval()

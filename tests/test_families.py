@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from compare import exact, float64, highway, reference, relative_error, rewritten
 from families import FAMILIES, Case, Size
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import Settings
 
 TOLERANCE = 1e-10
@@ -25,7 +24,10 @@ sizes = st.builds(
 def build(family: str, size: Size, seed: int) -> Case:
     torch.manual_seed(seed)
     case = FAMILIES[family](size)
-    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in case.model.modules()) and size.batch == 1:
+    if (
+        any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in case.model.modules())
+        and size.batch == 1
+    ):
         case.inputs = tuple(torch.cat([i, torch.randn_like(i)]) for i in case.inputs)
     return float64(case)
 
@@ -81,7 +83,9 @@ def test_splits(
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("option", "value"), [("gamma", 0.3), ("gamma", 1.0), ("group_size", 3), ("exact_tail", 2)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("gamma", 0.3), ("gamma", 1.0), ("group_size", 3), ("exact_tail", 2)]
+)
 @pytest.mark.parametrize("family", ["residual_mlp", "resnet", "lstm_loop"])
 def test_each_split_alone(family: str, option: str, value: float) -> None:
     case = build(family, Size(depth=5), 3)

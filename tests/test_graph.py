@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from compare import exact, float64, highway, rewritten
 from families import FAMILIES, Size
+from torch import nn
+
 from hwbp_compile.passes.pipeline import Record
 
 CHAINS_OF_FEW_CLASSES = [
-    "residual_mlp", "preact_resnet", "resnet", "pre_ln_transformer", "post_ln_transformer", "mixer", "highway_layers",
-    "gru_loop", "lstm_loop", "layer_scale",
+    "residual_mlp",
+    "preact_resnet",
+    "resnet",
+    "pre_ln_transformer",
+    "post_ln_transformer",
+    "mixer",
+    "highway_layers",
+    "gru_loop",
+    "lstm_loop",
+    "layer_scale",
 ]
 
 

@@ -20,7 +20,7 @@ from hwbp_compile.options import parse_options
         ({"iteration": 3}, "Option 'iteration' is unknown; did you mean 'iterations'?"),
         ({"max_autotun": True}, "did you mean 'max_autotune'?"),
         ({"zzzzzz": True}, "the options are apply, codegen, exact_tail, gamma"),
-        ({"iterations": -1}, "iterations must be an integer >= 0 or \"exact\", but is -1."),
+        ({"iterations": -1}, 'iterations must be an integer >= 0 or "exact", but is -1.'),
         ({"iterations": 2.0}, "but is 2.0."),
         ({"iterations": True}, "but is True."),
         ({"iterations": "all"}, "but is 'all'."),
@@ -62,7 +62,15 @@ def test_defaults() -> None:
 
 def test_list_options() -> None:
     listed = list_options()
-    assert set(listed) == {"iterations", "gamma", "group_size", "exact_tail", "min_blocks", "apply", "codegen"}
+    assert set(listed) == {
+        "iterations",
+        "gamma",
+        "group_size",
+        "exact_tail",
+        "min_blocks",
+        "apply",
+        "codegen",
+    }
     for entry in listed.values():
         assert entry["doc"]
         assert "\n" not in entry["doc"]
@@ -87,7 +95,9 @@ def test_they_reach_inductor() -> None:
         return gm.forward
 
     with mock.patch.object(_compat, "compile_with_inductor", compile_with_inductor):
-        torch.compile(nn.Linear(2, 2), backend="highway", options={"epilogue_fusion": False})(torch.randn(1, 2))
+        torch.compile(nn.Linear(2, 2), backend="highway", options={"epilogue_fusion": False})(
+            torch.randn(1, 2)
+        )
     assert seen == {"epilogue_fusion": False}
 
 

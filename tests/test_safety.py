@@ -1,4 +1,4 @@
-"""Situations in which a rewrite could go wrong: the gradient is right, or the chain is left exact with a reason."""
+"""Where a rewrite could go wrong: the gradient is right, or the chain is left exact with a reason."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
 from compare import recorded, rewritten
 from families import Attention, PreAct, Residual, mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 D = 6
 LENGTH = 6
@@ -42,7 +41,9 @@ def grads(m: nn.Module, forward: Callable[..., Any], *inputs: Tensor, repeat: in
     return [p.grad.clone() for p in m.parameters() if p.grad is not None]
 
 
-def check_exact(m: nn.Module, *inputs: Tensor, chains: int | None = 1, tolerance: float = 1e-10, **kwargs: Any) -> None:
+def check_exact(
+    m: nn.Module, *inputs: Tensor, chains: int | None = 1, tolerance: float = 1e-10, **kwargs: Any
+) -> None:
     """With as many iterations as blocks the gradients are exact, and so many chains were rewritten."""
     expected = grads(m, m, *inputs)
     with recorded() as records:
@@ -417,7 +418,10 @@ def test_the_users_own_pass_still_runs() -> None:
         assert len(rewritten(records)) == 1
         torch._dynamo.reset()
         calls.clear()
-        with torch._inductor.config.patch(joint_custom_pre_pass=Mine(f"global {codegen}")), recorded() as records:
+        with (
+            torch._inductor.config.patch(joint_custom_pre_pass=Mine(f"global {codegen}")),
+            recorded() as records,
+        ):
             grads(m, compiled(m, codegen=codegen), x)
         assert calls == [f"global {codegen}"]
         assert len(rewritten(records)) == 1
@@ -426,7 +430,11 @@ def test_the_users_own_pass_still_runs() -> None:
 def test_exact_and_never_apply_no_approximation() -> None:
     m, x = model(), torch.randn(5, 4).double()
     expected = grads(m, m, x)
-    for options in ({"iterations": "exact"}, {"apply": "never", "iterations": 0}, {"min_blocks": 7, "iterations": 0}):
+    for options in (
+        {"iterations": "exact"},
+        {"apply": "never", "iterations": 0},
+        {"min_blocks": 7, "iterations": 0},
+    ):
         torch._dynamo.reset()
         for f, e in zip(grads(m, compiled(m, **options), x), expected, strict=True):
             torch.testing.assert_close(f, e)

@@ -15,7 +15,13 @@ dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", dtypes)
-@given(length=st.integers(0, 9), width=st.integers(0, 4), initial=st.booleans(), scalar=st.booleans(), strided=st.booleans())
+@given(
+    length=st.integers(0, 9),
+    width=st.integers(0, 4),
+    initial=st.booleans(),
+    scalar=st.booleans(),
+    strided=st.booleans(),
+)
 def test_against_the_definition(
     dtype: torch.dtype, length: int, width: int, initial: bool, scalar: bool, strided: bool
 ) -> None:
@@ -38,7 +44,8 @@ def test_half_precision_accumulates_in_single() -> None:
 def test_operator_checks(initial: bool) -> None:
     start = torch.randn(3) if initial else None
     torch.library.opcheck(
-        torch.ops.hwbp_compile.linear_scan.default, (torch.randn(5, 3), torch.rand(5, 1), start),
+        torch.ops.hwbp_compile.linear_scan.default,
+        (torch.randn(5, 3), torch.rand(5, 1), start),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -16,7 +16,9 @@ from hwbp_compile.system import ReferenceSystem
 N = 5
 
 
-def dense_system(blocks: int, seed: int, size: int, cyclic: bool, direct: bool) -> tuple[ReferenceSystem, Tensor]:
+def dense_system(
+    blocks: int, seed: int, size: int, cyclic: bool, direct: bool
+) -> tuple[ReferenceSystem, Tensor]:
     """Random J (dense) and K (diagonal, identity, scalar or none); and the whole Jacobian per block."""
     g = torch.Generator().manual_seed(seed)
 
@@ -51,7 +53,10 @@ def dense_system(blocks: int, seed: int, size: int, cyclic: bool, direct: bool) 
 
     later = tuple(rand(blocks, N) if direct and a == 0 else None for a in range(size))
     system = ReferenceSystem(
-        tuple(rand(N) for _ in range(size)), [vjp(p) for p in range(blocks)], ResidualPath(tuple(entries)), later  # type: ignore[misc]
+        tuple(rand(N) for _ in range(size)),
+        [vjp(p) for p in range(blocks)],
+        ResidualPath(tuple(entries)),
+        later,  # type: ignore[misc]
     )
     return system, full
 
@@ -67,8 +72,14 @@ def solve_densely(system: ReferenceSystem, full: Tensor) -> list[Tensor]:
 
 
 @given(
-    blocks=st.integers(1, 9), seed=st.integers(0, 1000), size=st.integers(1, 3), cyclic=st.booleans(),
-    direct=st.booleans(), gamma=st.sampled_from([0.0, 0.3, 1.0]), group_size=st.integers(1, 10), tail=st.integers(0, 10),
+    blocks=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+    size=st.integers(1, 3),
+    cyclic=st.booleans(),
+    direct=st.booleans(),
+    gamma=st.sampled_from([0.0, 0.3, 1.0]),
+    group_size=st.integers(1, 10),
+    tail=st.integers(0, 10),
 )
 def test_exact_after_as_many_iterations_as_groups(
     blocks: int, seed: int, size: int, cyclic: bool, direct: bool, gamma: float, group_size: int, tail: int
@@ -81,7 +92,9 @@ def test_exact_after_as_many_iterations_as_groups(
 
 
 @given(blocks=st.integers(2, 7), seed=st.integers(0, 1000), k=st.integers(0, 3))
-def test_after_k_iterations_the_first_k_states_are_exact_and_later_ones_are_not(blocks: int, seed: int, k: int) -> None:
+def test_after_k_iterations_the_first_k_states_are_exact_and_later_ones_are_not(
+    blocks: int, seed: int, k: int
+) -> None:
     system, full = dense_system(blocks, seed, 1, False, True)
     (w,) = solve(system, iterations=k)
     (expected,) = solve_densely(system, full)
@@ -95,7 +108,12 @@ def test_after_k_iterations_the_first_k_states_are_exact_and_later_ones_are_not(
 def test_paths_that_cross_at_most_k_blocks(blocks: int, seed: int, k: int) -> None:
     """The paper's theorem 2: the sum over all paths from the loss that cross at most k blocks."""
     system, full = dense_system(blocks, seed, 1, False, False)
-    j = torch.stack([torch.stack([system._vjps[p]((e,))[0] for e in torch.eye(N, dtype=torch.float64)], 1) for p in range(blocks)])
+    j = torch.stack(
+        [
+            torch.stack([system._vjps[p]((e,))[0] for e in torch.eye(N, dtype=torch.float64)], 1)
+            for p in range(blocks)
+        ]
+    )
     residual = full[:, 0, 0] - j
     # by_count[c]: the cotangent along paths that have crossed exactly c blocks
     by_count = [system.first[0]] + [torch.zeros(N, dtype=torch.float64)] * blocks
@@ -115,7 +133,9 @@ def test_fixed_point_iteration_ignores_the_residual_path() -> None:
 
 def test_sweep_is_exact_backpropagation() -> None:
     system, full = dense_system(6, 3, 2, True, True)
-    for found, expected in zip(sweep(system, system.first, range(6)), solve_densely(system, full), strict=True):
+    for found, expected in zip(
+        sweep(system, system.first, range(6)), solve_densely(system, full), strict=True
+    ):
         torch.testing.assert_close(found, expected)
 
 

@@ -85,7 +85,9 @@ def vmap_rule(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
-        raise CannotRewrite(f"unsupported operator {target} (it cannot be batched over the blocks)") from error
+        raise CannotRewrite(
+            f"unsupported operator {target} (it cannot be batched over the blocks)"
+        ) from error
     return pytree.tree_map_only(Tensor, Stacked, out)
 
 

@@ -75,7 +75,9 @@ def _attention_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, An
     names = [argument.name for argument in target._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     if given.get("dropout_p", 0.0):
-        raise CannotRewrite(f"unsupported operator {target} with dropout (its random state differs between blocks)")
+        raise CannotRewrite(
+            f"unsupported operator {target} with dropout (its random state differs between blocks)"
+        )
     batch = stacked(given["query"], blocks).shape[1]
 
     def fold(name: str, value: Any) -> Any:
@@ -85,7 +87,9 @@ def _attention_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, An
             rank = value.value.dim() - 1 if isinstance(value, Stacked) else value.dim()
             if rank != 4:
                 if isinstance(value, Stacked):
-                    raise CannotRewrite(f"unsupported operator {target} with a different {rank}-d mask for each block")
+                    raise CannotRewrite(
+                        f"unsupported operator {target} with a different {rank}-d mask for each block"
+                    )
                 return value
             rows = stacked(value, blocks)
             return rows.expand(blocks, batch, *rows.shape[2:]).flatten(0, 1)
@@ -96,7 +100,8 @@ def _attention_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, An
     positional = [folded.pop(name) for name in names[: len(args)]]
     outputs = target(*positional, **folded)
     return tuple(
-        Stacked(o.reshape(blocks, batch, *o.shape[1:])) if isinstance(o, Tensor) and o.dim() == 4 else o for o in outputs
+        Stacked(o.reshape(blocks, batch, *o.shape[1:])) if isinstance(o, Tensor) and o.dim() == 4 else o
+        for o in outputs
     )
 
 

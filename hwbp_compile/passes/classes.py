@@ -28,7 +28,10 @@ def signature(block: Block) -> Signature:
     lines = []
     for i, node in enumerate(canonical_order(block)):
         names[node] = f"node{i}"
-        arguments = str(map_arg(node.args, lambda n: _Name(names[n]))), str(map_arg(node.kwargs, lambda n: _Name(names[n])))
+        arguments = (
+            str(map_arg(node.args, lambda n: _Name(names[n]))),
+            str(map_arg(node.kwargs, lambda n: _Name(names[n]))),
+        )
         lines.append((str(node.target), *arguments, _value(node)))
     return (tuple(_value(n) for n in block.entry), tuple(lines), tuple(names[n] for n in block.exit))
 

@@ -24,7 +24,7 @@ def reason_to_leave_exact(chain: Chain, options: Options) -> str | None:
 
 
 def without_tail(chain: Chain, exact_tail: int) -> Chain:
-    """The chain that is iterated on: the graph already sweeps the last blocks exactly, one after the other."""
+    """The chain that is iterated on: the graph already sweeps the last blocks exactly, one by one."""
     if exact_tail == 0:
         return chain
     blocks = chain.blocks[: len(chain.blocks) - exact_tail]

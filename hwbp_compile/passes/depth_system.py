@@ -1,4 +1,4 @@
-"""A chain of a joint graph as a :class:`~hwbp_compile.system.System`: stacked externals, one program a class."""
+"""A chain of a joint graph as a system: stacked externals, and one program for each class."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ class DepthSystem:
 
     def _each_class(self, evaluate: Callable[[BlockProgram], Any]) -> list[tuple[BlockClass, Any]]:
         return [
-            (each, evaluate(self._program(i, list(each.members)))) for i, each in enumerate(self._chain.classes)
+            (each, evaluate(self._program(i, list(each.members))))
+            for i, each in enumerate(self._chain.classes)
         ]
 
     def _later(self) -> tuple[Tensor | None, ...]:
@@ -118,6 +119,4 @@ class DepthSystem:
                 entry = torch.full_like(like, entry)
             return self._rows(entry, like, members)
 
-        return interleave(
-            [(list(c.members), rows(v[i][j], len(c.members))) for c, v in parts], self.blocks
-        )
+        return interleave([(list(c.members), rows(v[i][j], len(c.members))) for c, v in parts], self.blocks)

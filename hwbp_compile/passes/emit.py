@@ -83,7 +83,9 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
                     environment[node] = graph.node_copy(node, environment.__getitem__)
                 environment[node].meta["partitioner_tag"] = "is_backward"
                 new.append(environment[node])
-    old = [block.exit[i] for i in range(len(schedule.chain.blocks[0].entry)) for block in schedule.chain.blocks]
+    old = [
+        block.exit[i] for i in range(len(schedule.chain.blocks[0].entry)) for block in schedule.chain.blocks
+    ]
     inserted = set(new)
     for before, after in zip(old, results, strict=True):
         before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inserted)

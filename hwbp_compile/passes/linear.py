@@ -82,7 +82,7 @@ def longest_stream(part: LinearPart, excluded: set[Node]) -> Stream | None:
     if best is None:
         return None
     path = _path(best, reached)
-    alternatives = []
+    alternatives: list[tuple[Node, ...]] = []
     for i, node in enumerate(path):
         if reached[node].merges > 2 or len(alternatives) >= MAX_ALTERNATIVES:
             break
@@ -111,7 +111,7 @@ def _path(node: Node, reached: dict[Node, _Reached]) -> tuple[Node, ...]:
 
 
 def _extension(part: LinearPart, path: tuple[Node, ...]) -> list[Node]:
-    """Further sums in which other contributions of the last block join: they have seen no more than the first."""
+    """Further sums in which other contributions of the last block join; they run as deep as the first."""
     extension: list[Node] = []
     end = path[-1]
     before = _closure(path[0], part.dag.successors, lambda n: True)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -55,7 +56,8 @@ register_linear("mul", _one_of(0, 1))
 register_linear("mm bmm matmul mv dot outer", _one_of(0, 1))
 register_linear("div true_divide", FIRST)
 register_linear(
-    "neg clone alias detach view _unsafe_view reshape permute transpose t expand squeeze unsqueeze slice select "
+    "neg clone alias detach view _unsafe_view reshape permute transpose t expand squeeze unsqueeze slice "
+    "select "
     "split split_with_sizes unbind sum mean flip roll constant_pad_nd _to_copy to diagonal tril triu repeat "
     "slice_backward select_backward diagonal_backward cumsum index gather unfold lift_fresh_copy contiguous "
     "movedim view_as_real view_as_complex real _conj conj_physical as_strided",
@@ -76,21 +78,28 @@ register_linear(
     "hardswish_backward hardsigmoid_backward softplus_backward native_layer_norm_backward "
     "native_group_norm_backward native_batch_norm_backward _fused_rms_norm_backward embedding_dense_backward "
     "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
-    "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward col2im im2col",
+    "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward "
+    "col2im im2col",
     FIRST,
 )
 register_linear("convolution", FIRST)
 
-PRODUCTS = {"prims::fma": (0, 1, 2), "aten::addcmul": (1, 2, 0), "aten::addmm": (1, 2, 0), "aten::baddbmm": (1, 2, 0)}
+PRODUCTS = {
+    "prims::fma": (0, 1, 2),
+    "aten::addcmul": (1, 2, 0),
+    "aten::addmm": (1, 2, 0),
+    "aten::baddbmm": (1, 2, 0),
+}
 """``a * b + c`` in one operator: the positions of a, b, c."""
 
 HEAVY = {
-    f"aten::{name}"
-    for name in (
-        "mm bmm matmul addmm baddbmm mv outer convolution convolution_backward "
-        "_scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_flash_attention_backward "
-        "_scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention_backward"
-    ).split()
+    *(f"aten::{name}" for name in ("mm", "bmm", "matmul", "addmm", "baddbmm", "mv", "outer")),
+    "aten::convolution",
+    "aten::convolution_backward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+    "aten::_scaled_dot_product_cudnn_attention_backward",
 }
 """Operators that make a block worth doing in parallel with others."""
 
@@ -120,15 +129,28 @@ def nodes_in(argument: Any) -> Iterator[Node]:
             yield leaf
 
 
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two shapes are provably equal; symbolic sizes are compared as written, which adds no guard."""
+    return tuple(map(str, a.shape)) == tuple(map(str, b.shape))
+
+
 def is_zero_constant(node: Node) -> bool:
     """Whether a node is provably filled with zeros."""
-    while op_name(node) in ("aten::expand", "aten::view", "aten::alias", "aten::clone") and isinstance(node.args[0], Node):
+    while op_name(node) in ("aten::expand", "aten::view", "aten::alias", "aten::clone") and isinstance(
+        node.args[0], Node
+    ):
         node = node.args[0]
     name = op_name(node)
     if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
         return True
-    position = {"aten::full": 1, "aten::full_like": 1, "aten::new_full": 2, "aten::scalar_tensor": 0}.get(name)
-    return position is not None and len(node.args) > position and node.args[position] == 0
+    position = {"aten::full": 1, "aten::full_like": 1, "aten::new_full": 2, "aten::scalar_tensor": 0}.get(
+        name
+    )
+    return position is not None and len(node.args) > position and _is_zero(node.args[position])
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
 
 
 def check_linear(node: Node, dependent: set[Node]) -> None:
@@ -141,7 +163,9 @@ def check_linear(node: Node, dependent: set[Node]) -> None:
         return
     uses = [i for i, argument in enumerate(node.args) if any(n in dependent for n in nodes_in(argument))]
     if any(n in dependent for n in nodes_in(node.kwargs)):
-        raise CannotRewrite(f"unsupported operator {node.target} (a gradient is passed to it by keyword)", node)
+        raise CannotRewrite(
+            f"unsupported operator {node.target} (a gradient is passed to it by keyword)", node
+        )
     if name in PRODUCTS:
         a, b, _ = PRODUCTS[name]
         if a in uses and b in uses:
@@ -151,16 +175,24 @@ def check_linear(node: Node, dependent: set[Node]) -> None:
         return
     linearity = LINEARITY.get(name)
     if linearity is None:
-        raise CannotRewrite(f"unsupported operator {node.target} (not known to be linear in the gradient)", node)
+        raise CannotRewrite(
+            f"unsupported operator {node.target} (not known to be linear in the gradient)", node
+        )
     if any(i not in linearity.positions for i in uses):
-        raise CannotRewrite(f"{node.target} is not linear in one of its arguments that carry a gradient", node)
+        raise CannotRewrite(
+            f"{node.target} is not linear in one of its arguments that carry a gradient", node
+        )
     if linearity.kind == "one_of" and len(uses) != 1:
         raise CannotRewrite(f"{node.target} multiplies two gradients, so the block is not linear", node)
-    if name == "aten::masked_fill" and not (node.args[2] == 0 or (isinstance(node.args[2], Node) and is_zero_constant(node.args[2]))):
+    if name == "aten::masked_fill":
+        fill = node.args[2]
+        if not (_is_zero(fill) or (isinstance(fill, Node) and is_zero_constant(fill))):
+            raise CannotRewrite(f"{node.target} with a fill value other than zero", node)
+    if name == "aten::constant_pad_nd" and len(node.args) > 2 and not _is_zero(node.args[2]):
         raise CannotRewrite(f"{node.target} with a fill value other than zero", node)
-    if name == "aten::constant_pad_nd" and len(node.args) > 2 and node.args[2] != 0:
-        raise CannotRewrite(f"{node.target} with a fill value other than zero", node)
+    if name == "aten::convolution" and node.args[2] is not None:
+        raise CannotRewrite(f"{node.target} adds a bias to the gradient", node)
     for position in linearity.positions if linearity.kind == "joint" else ():
         argument = node.args[position] if position < len(node.args) else None
-        if isinstance(argument, (int, float)) and not isinstance(argument, bool) and argument != 0:
+        if isinstance(argument, (int, float)) and not _is_zero(argument):
             raise CannotRewrite(f"{node.target} adds a constant to the gradient", node)

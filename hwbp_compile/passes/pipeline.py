@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one chain. ``reason`` is empty if it was rewritten; ``new`` are the nodes of its schedule."""
+    """What became of one chain: ``reason`` is empty if it was rewritten; ``new`` are its schedule's nodes."""
 
     found: Chain | Refusal
     reason: str
@@ -43,7 +43,7 @@ class Record:
 def rewrite(graph: Graph, options: Options) -> Record:
     """Rewrite all chains of a joint graph in place.
 
-    Nothing is changed before a chain's whole schedule has been traced, so whatever goes wrong leaves it exact.
+    Nothing is changed before a chain's whole schedule is traced, so whatever goes wrong leaves it exact.
     """
     record = Record()
     clock = time.perf_counter()
@@ -88,5 +88,7 @@ def _plan(found: Chain | Refusal, options: Options) -> Outcome:
     except _compat.restart_exceptions():
         raise
     except Exception as error:  # a bug of ours must not stop a training that exact backprop could do
-        log.warning("A chain of %d blocks is left exact after an internal error.", len(found.blocks), exc_info=True)
+        log.warning(
+            "A chain of %d blocks is left exact after an internal error.", len(found.blocks), exc_info=True
+        )
         return Outcome(found, f"internal error: {type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from ..chain import Block
 from .batch import batched_call
-from .linear_ops import LINEARITY, PRODUCTS, is_zero_constant, op_name
+from .linear_ops import LINEARITY, PRODUCTS, is_zero_constant, op_name, same_shape
 from .residual_ops import SUMS
 from .split import Split
 
@@ -55,7 +55,9 @@ def canonical_order(block: Block) -> list[Node]:
             elif node not in seen:
                 seen.add(node)
                 stack.append((node, True))
-                stack.extend((n, False) for n in reversed(node.all_input_nodes) if n in inside and n not in seen)
+                stack.extend(
+                    (n, False) for n in reversed(node.all_input_nodes) if n in inside and n not in seen
+                )
     return order
 
 
@@ -193,11 +195,10 @@ class BlockProgram:
         if not isinstance(operand, Node) or isinstance(args[index], Node):
             return None
         a, b = operand.meta["val"], node.meta["val"]
-        if a.dtype != b.dtype or len(a.shape) != len(b.shape) or any(
-            str(x) != str(y) for x, y in zip(a.shape, b.shape, strict=True)
-        ):
+        if a.dtype != b.dtype or not same_shape(a, b):
             return None
-        factor = 1 if index == 0 else node.kwargs.get("alpha", 1) * (1 if op_name(node) == "aten::add" else -1)  # type: ignore[operator]
+        alpha: Any = node.kwargs.get("alpha", 1)
+        factor = 1 if index == 0 else alpha if op_name(node) == "aten::add" else -alpha
         value = args[index]
         return value if factor == 1 else self._call(torch.ops.aten.mul.Tensor, (value, factor), {}, node)
 
@@ -213,7 +214,15 @@ class BlockProgram:
         product = None
         if (any(carries) or affine) and x is not None and y is not None:
             product = self._call(_PRODUCT_OF[op_name(node)], (x, y), {}, node)
-        term = c if not isinstance(c, Node) else value(c) if c in self._inside else self._external(c) if affine else None
+        term = (
+            c
+            if not isinstance(c, Node)
+            else value(c)
+            if c in self._inside
+            else self._external(c)
+            if affine
+            else None
+        )
         if product is None or term is None:
             return product if term is None else term
         return self._call(torch.ops.aten.add.Tensor, (product, term), {}, node)
@@ -228,6 +237,6 @@ class BlockProgram:
         return batched_call(target, args, kwargs, self._members, node)
 
     def _used_outputs(self, node: Node) -> list[bool]:
-        """Of a convolution's backward, compute only what the block goes on with: not the weights' gradients."""
+        """Of a convolution's backward only what the block goes on with: not the weights' gradients."""
         used = {user.args[1] for user in node.users if user in self._inside}
         return [i in used for i in range(3)]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from .linear_ops import PRODUCTS, op_name
+from .linear_ops import PRODUCTS, op_name, same_shape
 
 SAME_ORDER_VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::squeeze", "aten::unsqueeze"}
 COPIES = {"aten::clone", "aten::alias", "aten::detach", "aten::_to_copy", "prims::convert_element_type"}
@@ -60,7 +60,7 @@ def _keeps_elements(operand: Node, node: Node) -> bool:
         return False
     if op_name(node) in SAME_ORDER_VIEWS:
         return True
-    return len(a.shape) == len(b.shape) and all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True))
+    return same_shape(a, b)
 
 
 def scalar_coefficient(node: Node, scalars: Mapping[Node, Scalar]) -> Scalar:
@@ -100,10 +100,18 @@ def scalar_coefficient(node: Node, scalars: Mapping[Node, Scalar]) -> Scalar:
 
 
 _NAMES = {
-    "aten::sigmoid": "gate", "aten::hardsigmoid": "gate",
-    "aten::rsqrt": "normalisation scale", "aten::native_layer_norm": "normalisation scale",
-    "aten::le": "mask", "aten::lt": "mask", "aten::gt": "mask", "aten::ge": "mask",
-    "aten::ne": "mask", "aten::eq": "mask", "aten::bernoulli": "mask", "aten::relu": "mask",
+    "aten::sigmoid": "gate",
+    "aten::hardsigmoid": "gate",
+    "aten::rsqrt": "normalisation scale",
+    "aten::native_layer_norm": "normalisation scale",
+    "aten::le": "mask",
+    "aten::lt": "mask",
+    "aten::gt": "mask",
+    "aten::ge": "mask",
+    "aten::ne": "mask",
+    "aten::eq": "mask",
+    "aten::bernoulli": "mask",
+    "aten::relu": "mask",
 }
 _LOOK_BACK = 12
 
@@ -133,7 +141,9 @@ def _origin(node: Node) -> str | None:
         for n in frontier:
             if (name := _NAMES.get(op_name(n))) is not None:
                 return name
-        following = [m for n in frontier for m in n.all_input_nodes if m not in seen and m.op == "call_function"]
+        following = [
+            m for n in frontier for m in n.all_input_nodes if m not in seen and m.op == "call_function"
+        ]
         seen.update(following)
         frontier = following[:16]
     return None

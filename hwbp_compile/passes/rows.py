@@ -1,8 +1,9 @@
-"""Take rows of a stack and put rows of several stacks together, with few nodes however many rows there are."""
+"""Take rows of a stack and put rows of several stacks together, in few nodes however many there are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ def gather(stack: Tensor, rows: Sequence[int]) -> Tensor:
     if len(rows) == 1:
         return stack[rows[0] : rows[0] + 1]
     step = rows[1] - rows[0]
-    if all(b - a == step for a, b in zip(rows, rows[1:], strict=False)):
+    if all(b - a == step for a, b in pairwise(rows)):
         whole = rows[0] == 0 and step == 1 and len(rows) == stack.shape[0]
         return stack if whole else stack[rows[0] : rows[-1] + 1 : step]
     return torch.cat([stack[a:b] for a, b in _stretches(rows)])

@@ -11,8 +11,9 @@ from .op import linear_scan
 State = tuple[Tensor, ...]
 
 
-def scan_path(path: ResidualPath, order: tuple[int, ...], first: State, later: tuple[Tensor | None, ...],
-              blocks: int) -> State:
+def scan_path(
+    path: ResidualPath, order: tuple[int, ...], first: State, later: tuple[Tensor | None, ...], blocks: int
+) -> State:
     """Return ``u[0] = first``, ``u[p + 1] = later[p] + K_p u[p]``, stacked: ``[blocks + 1, ...]``.
 
     Args:

@@ -54,8 +54,14 @@ class GroupedSystem:
         ends = self._sweep(nothing, self._steps)
         if self._full == self.blocks:
             return ends[-1]
-        short = next(e for e, blocks in zip(reversed(ends), reversed(self._steps), strict=True) if len(blocks) > self._full)
-        return _append_rows(ends[-1], tuple(None if c is None else c[-1:] for c in short), self.first, self._full)
+        short = next(
+            e
+            for e, blocks in zip(reversed(ends), reversed(self._steps), strict=True)
+            if len(blocks) > self._full
+        )
+        return _append_rows(
+            ends[-1], tuple(None if c is None else c[-1:] for c in short), self.first, self._full
+        )
 
     def block_vjp(self, w: State, blocks: range) -> State:
         """``J w`` for all groups: the exact sweep, less what never left the residual path."""
@@ -77,7 +83,7 @@ class GroupedSystem:
         return _dense(rest, self.first, self.blocks)
 
     def expand(self, w: State) -> State:
-        """From the states between groups, ``[groups + 1, ...]``, to all ``[L + 1, ...]``, exact inside a group."""
+        """From the states between groups, ``[groups + 1, ...]``, to all ``[L + 1, ...]``; exact inside."""
         inside = self._sweep(tuple(c[:-1] for c in w), self._steps[:-1])
         columns = [tuple(c[:-1] for c in w)] + [
             _dense(_leading(state, len(blocks)), self.first, len(blocks))
@@ -115,9 +121,7 @@ def _leading(state: Partial, rows: int) -> Partial:
 
 
 def _dense(state: Partial, like: State, rows: int) -> State:
-    return tuple(
-        x.new_zeros((rows, *x.shape)) if c is None else c for c, x in zip(state, like, strict=True)
-    )
+    return tuple(x.new_zeros((rows, *x.shape)) if c is None else c for c, x in zip(state, like, strict=True))
 
 
 def _append_rows(state: Partial, last: Partial, like: State, rows: int) -> Partial:
@@ -125,10 +129,12 @@ def _append_rows(state: Partial, last: Partial, like: State, rows: int) -> Parti
     return tuple(
         None
         if a is None and b is None
-        else torch.cat([
-            x.new_zeros((rows, *x.shape)) if a is None else a,
-            x.new_zeros((1, *x.shape)) if b is None else b,
-        ])
+        else torch.cat(
+            [
+                x.new_zeros((rows, *x.shape)) if a is None else a,
+                x.new_zeros((1, *x.shape)) if b is None else b,
+            ]
+        )
         for a, b, x in zip(state, last, like, strict=True)
     )
 

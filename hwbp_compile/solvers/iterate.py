@@ -33,7 +33,7 @@ def solve(
     Args:
         system: the chain.
         iterations: the paper's k. More than the number of (groups of) blocks changes nothing.
-        gamma: the share of the residual path that is counted as part of the block; 1 is fixed-point iteration.
+        gamma: the share of the residual path counted as part of the block; 1 is fixed-point iteration.
         group_size: so many consecutive blocks count as one. Groups are counted from the loss, so the group
             next to the input is the short one when the number of blocks is no multiple.
         exact_tail: so many blocks next to the input are swept exactly, one by one, after the iteration.
