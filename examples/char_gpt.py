@@ -41,7 +41,7 @@ class Layer(nn.Module):
 class CharGPT(nn.Module):
     """Character ids ``[batch, length]`` to logits of the next character ``[batch, length, vocabulary]``."""
 
-    def __init__(self, vocabulary: int, length: int, layers: int = 12, width: int = 64, heads: int = 4) -> None:
+    def __init__(self, vocabulary: int, length: int, layers: int, width: int = 64, heads: int = 4) -> None:
         super().__init__()
         self.characters = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(length, width))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class DigitsResNet(nn.Module):
                     nn.Conv2d(before, after, 3, stride=1 if before == 1 else 2, padding=1, bias=False),
                     *(Block(after) for _ in range(blocks_per_stage)),
                 )
-                for before, after in zip(widths[:-1], widths[1:], strict=True)
+                for before, after in pairwise(widths)
             )
         )
         self.norm = nn.BatchNorm2d(channels[-1])

@@ -3,7 +3,8 @@
 from .errors import OptionError as OptionError
 from .options import Options as Options
 from .options import list_options as list_options
+from .report.explain import explain as explain
 from .solvers import solve as solve
 
 __version__ = "0.1.0"
-__all__ = ["OptionError", "Options", "list_options", "solve"]
+__all__ = ["OptionError", "Options", "explain", "list_options", "solve"]

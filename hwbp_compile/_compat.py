@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+
 @contextmanager
 def vmap_fallback_is_an_error() -> Iterator[None]:
     """Turn vmap's silent loop over the batch into an error while the context lasts."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
     try:
@@ -103,7 +104,7 @@ def compile_op_by_op(
 
 
 def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[fx.GraphModule]:
-    """Trace ``gm`` with AOTAutograd and return copies of its joint graphs (none where nothing needs a gradient)."""
+    """Trace ``gm`` with AOTAutograd; copies of its joint graphs (none where nothing needs a gradient)."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import default_partition
 
@@ -193,9 +194,7 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Add a text to the structured trace that tlparse reads."""
     from torch._logging import trace_structured
 
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload
-    )
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,64 +212,50 @@ class Compiled:
 
 def compiled_parts(model: Any) -> Compiled:
     """Take apart what ``torch.compile`` or ``Module.compile`` returned; anything else is its own original."""
-    in_place = getattr(model, "_compiled_call_impl", None) if isinstance(model, torch.nn.Module) else None
-    wrapper = in_place if in_place is not None else model
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        original, context = model._orig_mod, model.dynamo_ctx
-    elif hasattr(wrapper, "_torchdynamo_orig_callable") and hasattr(wrapper, "_torchdynamo_wrapper_id"):
-        original = model if in_place is not None else wrapper._torchdynamo_orig_callable
-        context = _dynamo_context(wrapper)
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    original, wrapper = model, model
+    if isinstance(model, OptimizedModule):
+        original = model._orig_mod
+    elif isinstance(model, torch.nn.Module):
+        wrapper = getattr(model, "_compiled_call_impl", None)
     else:
+        original = getattr(model, "_torchdynamo_orig_callable", None)
+    context = _dynamo_context(wrapper)
+    if context is None or not callable(context.callback):
         return Compiled(model)
+    backend: Any = context.callback
+    while not hasattr(backend, "compiler_name") and hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", "unknown")
+    kwargs: dict[str, Any] = getattr(backend, "kwargs", {})
     dynamic = getattr(context, "_dynamic", None)
-    backend = getattr(context, "callback", None)
-    for _ in range(8):
-        if isinstance(getattr(backend, "kwargs", None), dict):
-            name = getattr(backend, "compiler_name", None) or "inductor"
-            return Compiled(original, name, backend.kwargs.get("options"), backend.kwargs.get("mode"), dynamic)
-        following = getattr(backend, "_torchdynamo_orig_backend", None)
-        if following is None:
-            break
-        backend = following
-    return Compiled(original, getattr(backend, "compiler_name", None) or getattr(backend, "__name__", "unknown"), dynamic=dynamic)
+    return Compiled(original, name, kwargs.get("options"), kwargs.get("mode"), dynamic)
 
 
 def _dynamo_context(wrapper: Any) -> Any:
-    """The context that made a compiled function: it is kept only in the function's closure."""
-    for cell in getattr(wrapper, "__closure__", None) or ():
-        if isinstance(cell.cell_contents, torch._dynamo.eval_frame._TorchDynamoContext):
-            return cell.cell_contents
-    return None
+    """The context that made a compiled module or function, which keeps it only in its closure."""
+    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
+
+    if isinstance(wrapper, OptimizedModule):
+        return wrapper.dynamo_ctx
+    if not hasattr(wrapper, "_torchdynamo_orig_callable"):
+        return None
+    contents = [cell.cell_contents for cell in getattr(wrapper, "__closure__", None) or ()]
+    return next((c for c in contents if isinstance(c, _TorchDynamoContext)), None)
 
 
 @contextmanager
-def dynamo_caches_unchanged(backend: Callable[..., Any]) -> Iterator[None]:
-    """Compile with ``backend`` inside without a trace in Dynamo's caches, however full they are.
+def compiling_freely() -> Iterator[None]:
+    """Compile inside whatever was compiled before, and without an effect on what is compiled afterwards.
 
-    Shapes seen inside do not make later compilations dynamic, and cache entries made for ``backend`` are
-    dropped at the end, so that they never count against the user's recompile limit.
+    No recompile limit holds, and shapes seen inside do not make later compilations dynamic.
     """
     import torch._dynamo
 
-    unlimited = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
-    try:
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, **unlimited):
-            yield
-    finally:
-        _drop_cache_entries(backend)
-
-
-def _drop_cache_entries(backend: Callable[..., Any]) -> None:
-    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo import convert_frame
-    from torch._dynamo.guards import DeletedGuardManagerWrapper
-
-    for reference in list(convert_frame.input_codes.seen):
-        code = reference()
-        for entry in () if code is None else _debug_get_cache_entry_list(code):
-            if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
-                manager = entry.guard_manager
-                manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper("the analysis is over"))
+    unlimited: dict[str, Any] = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, **unlimited):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +274,8 @@ def graph_break_of(gm: fx.GraphModule) -> GraphBreak | None:
     if found is None or not getattr(found, "graph_break", True):
         return None
     stack = list(getattr(found, "user_stack", ()))
-    return GraphBreak(_first_sentences(found.reason), f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "")
+    line = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+    return GraphBreak(_first_sentences(found.reason), line)
 
 
 @contextmanager
@@ -303,11 +289,14 @@ def record_graph_breaks() -> Iterator[list[GraphBreak]]:
     try:
         yield found
     finally:
-        messages = [m for kind in kinds for m, count in counters[kind].items() if count > before[kind].get(m, 0)]
+        now = [(kind, message, count) for kind in kinds for message, count in counters[kind].items()]
+        messages = [message for kind, message, count in now if count > before[kind].get(message, 0)]
         for message in dict.fromkeys(messages):
-            skipped = re.search(r"frame skipped: \S+ \((.+?) line (\d+)\)", message)
-            line = f"{skipped[1]}:{skipped[2]}" if skipped else ""
-            found.append(GraphBreak(_first_sentences(message) + (" (in a loop: the frame is not compiled)" if skipped else ""), line))
+            reason, line = _first_sentences(message), ""
+            if skipped := re.search(r"frame skipped: \S+ \((.+?) line (\d+)\)", message):
+                reason += " (in a loop: the frame is not compiled)"
+                line = f"{skipped[1]}:{skipped[2]}"
+            found.append(GraphBreak(reason, line))
 
 
 def _first_sentences(message: str) -> str:

@@ -54,7 +54,12 @@ class HighwayPass:
 
     def uuid(self) -> Any:
         """Changes with any option, any of our sources and the version of torch."""
-        return ("hwbp_compile", _source_hash(), torch.__version__, tuple(sorted(self.options.to_dict().items(), key=str)))
+        return (
+            "hwbp_compile",
+            _source_hash(),
+            torch.__version__,
+            tuple(sorted(self.options.to_dict().items(), key=str)),
+        )
 
 
 @functools.cache

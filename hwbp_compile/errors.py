@@ -9,7 +9,7 @@ class OptionError(ValueError):
     """An option has a wrong name, type or value. The message says which, and what is allowed."""
 
 
-class CannotRewrite(Exception):  # noqa: N818 - it is a verdict, not a failure
+class CannotRewrite(Exception):
     """A chain is left exact. Raised by a pass, caught once by the pipeline, which logs and reports it.
 
     Args:

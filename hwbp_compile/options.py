@@ -34,7 +34,9 @@ class Options:
     )
     exact_tail: int = _option(0, "so many blocks next to the input are swept exactly after the iteration")
     min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
-    apply: Literal["always", "never"] = _option("always", '"always" rewrites what it can, "never" leaves all exact')
+    apply: Literal["always", "never"] = _option(
+        "always", '"always" rewrites what it can, "never" leaves all exact'
+    )
     codegen: Literal["inductor", "eager"] = _option(
         "inductor", '"inductor" generates code, "eager" runs the rewritten graph op by op, for debugging'
     )
@@ -45,7 +47,11 @@ class Options:
         _check_int("group_size", self.group_size, 1)
         _check_int("exact_tail", self.exact_tail, 0)
         _check_int("min_blocks", self.min_blocks, 1)
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)) or not 0 <= self.gamma <= 1:
+        if (
+            isinstance(self.gamma, bool)
+            or not isinstance(self.gamma, (int, float))
+            or not 0 <= self.gamma <= 1
+        ):
             raise OptionError(f"Option gamma must be a number in [0, 1], but is {self.gamma!r}.")
         object.__setattr__(self, "gamma", float(self.gamma))
         _check_choice("apply", self.apply, ("always", "never"))
@@ -74,7 +80,9 @@ def list_options() -> dict[str, dict[str, Any]]:
     return {f.name: {"default": f.default, "doc": f.metadata["doc"]} for f in fields(Options)}
 
 
-def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
+def parse_options(
+    options: Mapping[str, Any] | None, mode: str | None = None
+) -> tuple[Options, dict[str, Any]]:
     """Split what was given to ``torch.compile`` into our options and a configuration of Inductor.
 
     Raises:
@@ -97,7 +105,11 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         key = str(name).replace("-", "_")
         if key not in known:
             near = difflib.get_close_matches(str(name), [*ours, *known], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(ours))} and Inductor's."
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"the options are {', '.join(sorted(ours))} and Inductor's."
+            )
             raise OptionError(f"Option {name!r} is unknown; {hint}")
         present = known[key]
         if isinstance(present, (bool, int, float, str)) and not _same_type(value, present):

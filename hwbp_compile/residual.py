@@ -71,9 +71,7 @@ class ResidualPath:
 
     def map(self, f: Callable[[Coefficient], Coefficient]) -> ResidualPath:
         """Apply ``f`` to every entry that is not zero."""
-        return ResidualPath(
-            tuple(tuple(None if e is None else f(e) for e in row) for row in self.entries)
-        )
+        return ResidualPath(tuple(tuple(None if e is None else f(e) for e in row) for row in self.entries))
 
     def scaled(self, factor: float) -> ResidualPath:
         """``factor * K``; exactly zero when the factor is."""
@@ -115,7 +113,9 @@ class ResidualPath:
         graph = nx.DiGraph()
         graph.add_nodes_from(range(self.size))
         graph.add_edges_from(
-            (j, i) for i in range(self.size) for j in range(self.size)
+            (j, i)
+            for i in range(self.size)
+            for j in range(self.size)
             if i != j and self.entries[i][j] is not None
         )
         cyclic = {node: n for n, part in enumerate(nx.strongly_connected_components(graph)) for node in part}
@@ -125,10 +125,16 @@ class ResidualPath:
             return i == j or cyclic[i] != cyclic[j] or i > j
 
         scannable = ResidualPath(
-            tuple(tuple(e if kept(i, j) else None for j, e in enumerate(row)) for i, row in enumerate(self.entries))
+            tuple(
+                tuple(e if kept(i, j) else None for j, e in enumerate(row))
+                for i, row in enumerate(self.entries)
+            )
         )
         rest = ResidualPath(
-            tuple(tuple(None if kept(i, j) else e for j, e in enumerate(row)) for i, row in enumerate(self.entries))
+            tuple(
+                tuple(None if kept(i, j) else e for j, e in enumerate(row))
+                for i, row in enumerate(self.entries)
+            )
         )
         graph.remove_edges_from([(j, i) for j, i in graph.edges if not kept(i, j)])
         order = tuple(nx.lexicographical_topological_sort(graph))

@@ -1,23 +1,24 @@
 """Run a call through Dynamo and AOTAutograd for its joint graphs only.
 
 Whatever is cached, for this or another backend, the graphs are traced anew: the call is made from a code
-object of its own, which no cache knows. Frames that Dynamo compiles apart, after a graph break, belong to the
-user's code objects; what is cached there is dropped at the end (:func:`.._compat.dynamo_caches_unchanged`).
+object of its own, which no cache knows, and so are the model's methods (:mod:`.fresh`). Only a function
+outside of the model that breaks the graph keeps the cache entry made for it, which the next call finds again.
 """
 
 from __future__ import annotations
 
-import builtins
-import types
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from .. import _compat
+from .fresh import copy_function, fresh_code
 from .keep import Kept, unchanged
 
 
@@ -56,11 +57,19 @@ def capture(
 ) -> Capture:
     """Call ``function`` once, op by op, and return the joint graphs that a backend would be given."""
     found = Capture()
-    with unchanged(function, (args, kwargs)) as kept, _compat.dynamo_caches_unchanged(_analysis_backend):
+    modules = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, nn.Module)]
+    with (
+        unchanged(function, (args, kwargs)) as kept,
+        fresh_code((function, *modules)),
+        _compat.compiling_freely(),
+    ):
         token = _running.set(_Running(found, kept))
         try:
             with _compat.record_graph_breaks() as graph_breaks:
-                torch.compile(_fresh_call(), backend=_analysis_backend, dynamic=dynamic)(function, args, dict(kwargs))
+                call = torch.compile(
+                    copy_function(_call, __name__), backend=_analysis_backend, dynamic=dynamic
+                )
+                call(function, args, dict(kwargs))
         finally:
             _running.reset(token)
     found.graph_breaks = graph_breaks
@@ -69,13 +78,6 @@ def capture(
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return function(*args, **kwargs)
-
-
-def _fresh_call() -> Callable[..., Any]:
-    """A copy of :func:`_call` with its own code object and globals, where Dynamo keeps what it compiles."""
-    return types.FunctionType(
-        _call.__code__.replace(), {"__builtins__": builtins, "__name__": __name__}, _call.__name__
-    )
 
 
 def _analysis_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

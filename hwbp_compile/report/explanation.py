@@ -81,6 +81,8 @@ class GraphReport:
     """What each pass took."""
     graph_break: str = ""
     """What ended the graph, if not the end of the call."""
+    calls: int = 1
+    """How often it runs in one call of the model."""
     before_module: GraphModule | None = field(default=None, repr=False, compare=False)
     after_module: GraphModule | None = field(default=None, repr=False, compare=False)
     roles: Roles | None = field(default=None, repr=False, compare=False)
@@ -101,6 +103,7 @@ class GraphReport:
             "nodes_before": self.nodes_before, "nodes_after": self.nodes_after,
             "depth_before": self.depth_before, "depth_after": self.depth_after,
             "seconds": dict(self.seconds), "graph_break": self.graph_break,
+            "calls": self.calls,
         }  # fmt: skip
 
 
@@ -111,7 +114,7 @@ class Explanation:
     chains: tuple[ChainReport, ...]
     """In the order of the forward pass."""
     notes: tuple[str, ...]
-    """What concerns no chain in particular: graph breaks, no residual connection found, no gradient needed."""
+    """What concerns no chain in particular, such as graph breaks, or that no gradient is needed."""
     graphs: tuple[GraphReport, ...]
     """Joint graphs in the order of the forward pass; a graph break makes two of one."""
     options: Options
@@ -137,7 +140,7 @@ class Explanation:
         }
 
     def draw(self, path: str | os.PathLike[str], *, graph: int | None = None, title: str = "") -> Path:
-        """Draw a backward pass before and after the rewrite into an SVG or PNG file, by the suffix of ``path``.
+        """Draw a backward pass before and after the rewrite, as SVG or PNG by the suffix of ``path``.
 
         Args:
             path: the file to write.

@@ -46,7 +46,9 @@ class Kept:
 
 def _is_writable(x: Tensor) -> bool:
     """Whether every element has memory of its own; other tensors cannot be written in place anyway."""
-    return x.layout == torch.strided and all(s != 0 or n <= 1 for s, n in zip(x.stride(), x.shape, strict=True))
+    return x.layout == torch.strided and all(
+        s != 0 or n <= 1 for s, n in zip(x.stride(), x.shape, strict=True)
+    )
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""Log what the passes did: ``TORCH_LOGS="+hwbp_compile"``, and artifacts for tlparse."""
+"""Log what the passes did: ``TORCH_LOGS="+hwbp_compile"``, and artifacts for tlparse.
+
+A compilation that torch takes from a cache runs no pass, so it logs nothing; see :mod:`.explain` for a
+report that does not depend on caches.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,34 @@ import logging
 from torch.fx import Graph
 
 from .. import _compat
-from ..passes.pipeline import Record
+from ..passes.pipeline import Outcome, Record
+from .where import Names, block_modules, shorten
 
 log = logging.getLogger(__name__)
 
 
 def log_record(record: Record, graph: Graph) -> None:
-    """Write one line per chain, the time of each pass, and the graph as an artifact."""
+    """Write one line per chain and the time of each pass; both and the graph also as artifacts."""
     if not record.needs_gradient:
         log.debug("A graph without a backward half is left as it is.")
         return
-    for outcome in record.outcomes:
-        blocks, residual = len(outcome.found.blocks), outcome.found.residual
-        if outcome.schedule is None:
-            log.info("left exact: %d blocks (K: %s): %s", blocks, residual, outcome.reason)
-        else:
-            log.info("rewritten: a chain of %d blocks, K: %s, %d new nodes", blocks, residual, len(outcome.new))
-    for name, seconds in record.seconds.items():
-        log.debug("%s: %.3f s", name, seconds)
+    lines = [_describe(outcome) for outcome in record.outcomes] or ["no residual connection found"]
+    for line in lines:
+        log.info("%s", line)
+    times = [f"pass {name}: {seconds:.3f} s" for name, seconds in record.seconds.items()]
+    for line in times:
+        log.debug("%s", line)
+    _compat.trace_artifact("hwbp_compile_chains", lambda: "\n".join([*lines, *times]))
     _compat.trace_artifact("hwbp_compile_joint_graph", lambda: str(graph))
+
+
+def _describe(outcome: Outcome) -> str:
+    found = outcome.found
+    if not found.blocks:
+        return f"left exact: {outcome.reason}"
+    names = shorten(block_modules(found.blocks[::-1], Names()))
+    plural = "s" * (len(found.blocks) != 1)
+    chain = f"a chain of {len(found.blocks)} block{plural} ({names}; K: {found.residual or 'none'})"
+    if outcome.schedule is None:
+        return f"left exact: {chain}: {outcome.reason}"
+    return f"rewritten: {chain}, {len(outcome.new)} new nodes"

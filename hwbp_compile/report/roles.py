@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
 from ..options import Options
-from ..passes.linear_ops import is_heavy
+from ..passes.linear import linear_part
+from ..passes.linear_ops import is_heavy, op_name
 from ..passes.pipeline import Outcome
 
 STACKING = "stacking"
@@ -33,45 +34,64 @@ class Roles:
 
 def roles_of(outcomes: Mapping[int, Outcome], options: Options, after: Graph) -> Roles:
     """Collect the roles; ``outcomes`` by the number of the chain in the report."""
-    alive = {n.name for n in after.nodes}
+    dependent = linear_part(after).order
+    alive = set(after.nodes)
     roles = Roles()
     for number, outcome in outcomes.items():
         blocks = outcome.found.blocks
         for position, block in enumerate(blocks):
             for node in block.nodes:
                 roles.blocks[node.name] = (number, len(blocks) - 1 - position)
-        for node, role in _schedule_roles(outcome, options).items():
-            if node.name in alive:
-                roles.schedule[node.name] = (number, role)
+        new = [n for n in outcome.new if n in alive]
+        moving = [n for n in new if n in dependent]
+        roles.schedule.update({n.name: (number, STACKING) for n in new if n not in dependent})
+        iterations = effective_iterations(options, len(blocks))
+        for node, role in zip(
+            moving, _iteration_of_each(moving, iterations, options.group_size), strict=True
+        ):
+            roles.schedule[node.name] = (number, role)
     return roles
 
 
-def _schedule_roles(outcome: Outcome, options: Options) -> dict[Node, str | int]:
-    """Roles of a schedule's nodes, in the order in which the solver was traced."""
-    new = outcome.new
-    if not new or outcome.schedule is None:
-        return {}
-    first = set(outcome.schedule.chain.blocks[0].entry)
-    moving: set[Node] = set()
-    for node in new:
-        # What hangs on the first cotangent moves through the iterations; the rest only prepares them.
-        if any(n in moving or n in first or _is_cotangent(n) for n in node.all_input_nodes):
-            moving.add(node)
-    heavy = [n for n in new if n in moving and is_heavy(n)]
-    per_iteration, remainder = _heavy_per_iteration(len(heavy), outcome, options)
-    roles: dict[Node, str | int] = {}
-    seen = 0
-    role: str | int = RESIDUAL
-    for node in new:
-        if node not in moving:
-            roles[node] = STACKING
-            continue
-        if is_heavy(node):
-            seen += 1
-            if not per_iteration:
-                role = ITERATIONS
-            else:
-                number = (seen - 1) // per_iteration + 1
-                role = INSIDE if remainder and seen > len(heavy) - remainder else number
-        roles[node] = role
+def effective_iterations(options: Options, blocks: int) -> int:
+    """How many iterations a chain of ``blocks`` blocks gets: never more than it has groups."""
+    if options.iterations == "exact":
+        return 0
+    groups = -(-max(blocks - options.exact_tail, 0) // options.group_size)
+    return min(options.iterations, groups)
+
+
+def _iteration_of_each(nodes: Sequence[Node], iterations: int, group_size: int) -> list[str | int]:
+    """The role of each node of a schedule, in the order in which the solver was traced.
+
+    Every iteration has the same heavy operators, so counting them tells where one ends.
+    """
+    heavy = [i for i, node in enumerate(nodes) if is_heavy(node)]
+    steps = iterations * group_size + group_size - 1
+    per_step, rest = divmod(len(heavy), steps) if steps else (0, 0)
+    if per_step == 0:
+        return [RESIDUAL] * len(nodes)
+    if rest:
+        return [RESIDUAL if i < heavy[0] else ITERATIONS for i in range(len(nodes))]
+    size = per_step * group_size
+    starts = [heavy[t * size] for t in range(iterations)]
+    if iterations > 1:
+        # Every iteration has the same nodes too, so the last one's end tells what comes before a heavy one.
+        length = starts[1] - starts[0]
+        first = _without_rows(nodes) - iterations * length
+        if group_size == 1 and 0 <= first <= starts[0]:
+            starts = [first + t * length for t in range(iterations)]
+    roles: list[str | int] = []
+    for i in range(len(nodes)):
+        number = sum(start <= i for start in starts)
+        inside = group_size > 1 and i >= heavy[iterations * size]
+        roles.append(INSIDE if inside else number or RESIDUAL)
     return roles
+
+
+def _without_rows(nodes: Sequence[Node]) -> int:
+    """Where the last operators begin, which only take the result apart."""
+    end = len(nodes)
+    while end and op_name(nodes[end - 1]) in ("getitem", "aten::select", "aten::squeeze", "aten::unbind"):
+        end -= 1
+    return end

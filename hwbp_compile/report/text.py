@@ -20,7 +20,12 @@ def render(explanation: Explanation) -> str:
     chains = explanation.chains
     parts = [_verdict(explanation)]
     if chains:
-        parts.append(_table(["", "blocks", "K", "state", "modules", "backward pass"], [_row(i, c) for i, c in enumerate(chains, 1)]))
+        parts.append(
+            _table(
+                ["", "blocks", "K", "state", "modules", "backward pass"],
+                [_row(i, c) for i, c in enumerate(chains, 1)],
+            )
+        )
         parts.extend(_remarks(i, c) for i, c in enumerate(chains, 1) if _remarks(i, c))
     if explanation.notes:
         parts.append("\n".join(["Notes", *(_item(n) for n in explanation.notes)]))
@@ -30,7 +35,9 @@ def render(explanation: Explanation) -> str:
 
 
 def _verdict(explanation: Explanation) -> str:
-    chains, applied = explanation.chains, sum(c.applied for c in explanation.chains)
+    # What stands between two chains has no residual path, and is no chain itself.
+    chains = [c for c in explanation.chains if c.residual]
+    applied = sum(c.applied for c in chains)
     settings = _settings(explanation.options)
     if not chains:
         return f"Nothing is rewritten; the backward pass is exact. ({settings})"
@@ -49,14 +56,22 @@ def _settings(options: Options) -> str:
 
 def _row(number: int, chain: ChainReport) -> list[str]:
     state = " and ".join(
-        f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in zip(chain.shapes, chain.dtypes, strict=True)
+        f"{'x'.join(map(str, shape))} {dtype}"
+        for shape, dtype in zip(chain.shapes, chain.dtypes, strict=True)
     )
     if chain.applied:
         plural = "s" * (chain.iterations != 1)
         verdict = f"{chain.iterations} iteration{plural}, {chain.new_nodes} new nodes"
     else:
         verdict = "exact"
-    return [str(number), str(chain.blocks), chain.residual or "-", state or "-", shorten(chain.modules) or "-", verdict]
+    return [
+        str(number),
+        str(chain.blocks),
+        chain.residual or "-",
+        state or "-",
+        shorten(chain.modules) or "-",
+        verdict,
+    ]
 
 
 def _remarks(number: int, chain: ChainReport) -> str:
@@ -75,9 +90,11 @@ def _remarks(number: int, chain: ChainReport) -> str:
 
 def _graph_line(index: int, graph: GraphReport) -> str:
     passes = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph.seconds.items())
+    times = f" (runs {graph.calls} times; modules are those of the first)" if graph.calls > 1 else ""
     return (
-        f"Graph {index}: {graph.nodes_before} -> {graph.nodes_after} nodes, heavy operators in sequence in the "
-        f"backward pass {graph.depth_before} -> {graph.depth_after}; {passes}"
+        f"Graph {index}{times}: {graph.nodes_before} -> {graph.nodes_after} nodes, "
+        f"heavy operators in sequence in the backward pass {graph.depth_before} -> {graph.depth_after}; "
+        f"{passes}"
     )
 
 
@@ -90,6 +107,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         # Numbers to the right, words to the left.
-        return "  ".join(c.rjust(w) if i < 2 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip()
+        return "  ".join(
+            c.rjust(w) if i < 2 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +17,68 @@ from torch.fx import Node
 from ..chain import Block
 from ..passes.linear_ops import is_heavy
 
-_LIBRARIES = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep, "<frozen", "<string>")
+_NOT_THE_USERS = (*(str(Path(f).parent) + os.sep for f in (torch.__file__, __file__)), "<frozen", "<string>")
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
-Names = dict[str, str]
-"""Identity of a module, as graphs record it, to its name in the model."""
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The modules of a model: the name by identity, as graphs record it, and which of them are mere lists."""
+
+    by_identity: dict[str, str] = field(default_factory=dict)
+    lists: frozenset[str] = frozenset()
 
 
 def module_names(model: Any) -> Names:
     """The names of all modules of ``model``; empty for a function."""
     if not isinstance(model, nn.Module):
-        return {}
-    return {str(id(module)): name for name, module in model.named_modules()}
+        return Names()
+    found = [(_without_wrappers(name), module) for name, module in model.named_modules()]
+    lists = frozenset(name for name, module in found if isinstance(module, nn.ModuleList))
+    return Names({str(id(module)): name for name, module in found}, lists)
 
 
-def block_module(block: Block, names: Names) -> str:
+def block_modules(blocks: Sequence[Block], names: Names) -> tuple[str, ...]:
+    """The module of each block of a chain."""
+    stacks = [_heavy_stacks(block, names) for block in blocks]
+    found = [_innermost(each, names) for each in stacks]
+    # A block with a single heavy operator is rather the module around it, if that is not around all of them.
+    around = [
+        each[0][-2] if len(each) == 1 and len(each[0]) > 1 else name
+        for each, name in zip(stacks, found, strict=True)
+    ]
+    distinct = len(set(around)) == len(around) and all(around) and names.lists.isdisjoint(around)
+    return tuple(around if distinct else found)
+
+
+def _heavy_stacks(block: Block, names: Names) -> list[list[str]]:
+    stacks = [stack for node in block.nodes if is_heavy(node) and (stack := module_stack(node, names))]
+    return stacks or [stack for node in block.nodes if (stack := module_stack(node, names))]
+
+
+def _innermost(stacks: Sequence[Sequence[str]], names: Names) -> str:
     """The innermost module that holds all heavy operators of a block.
 
     Where that is the whole model, because the residual code stands in its own ``forward``, the module of the
     block's first operator (in the order of the forward pass).
     """
-    stacks = [stack for node in block.nodes if is_heavy(node) and (stack := module_stack(node, names))]
-    stacks = stacks or [stack for node in block.nodes if (stack := module_stack(node, names))]
     if not stacks:
         return ""
-    common = os.path.commonprefix(stacks)
-    return common[-1] if common and common[-1] else stacks[-1][-1]
+    if (common := _common_prefix(stacks)) and common[-1]:
+        return common[-1]
+    parent = ".".join(_common_prefix([stack[-1].split(".") for stack in stacks]))
+    return parent if parent and parent not in names.lists else stacks[-1][-1]
+
+
+def _common_prefix(lists: Sequence[Sequence[str]]) -> Sequence[str]:
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*lists, strict=False))
+    return [column[0] for column in same]
 
 
 def module_stack(node: Node, names: Names) -> list[str]:
     """The modules that a node's forward operator ran in, from the outermost to the innermost."""
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
-    named = ((names.get(_identity(key)), str(entry[0])) for key, entry in stack.items())
+    named = ((names.by_identity.get(_identity(key)), str(entry[0])) for key, entry in stack.items())
     return [readable(path) if name is None else name for name, path in named]
 
 
@@ -61,10 +93,16 @@ def readable(path: str) -> str:
     path = re.sub(r"\._modules\['(\w+)'\]", r".\1", path)
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
     path = re.sub(r"^L__(self|function|model)_+", "", path)
-    path = re.sub(r"^[LG]\.(self|function|args\.\d+)(\.|$)", "", path)
+    path = re.sub(r"^[LG]\.(self|fn|function|args\.\d+)(\.|$)", "", path)
     path = re.sub(r"^[LG]\.", "", path)
     path = re.sub(r"__closure__\.(\d+)\.cell_contents(\.|$)", "", path)
-    return re.sub(r"(^|\.)(_orig_mod|_modules|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)", "", path).strip(".")
+    return _without_wrappers(path)
+
+
+def _without_wrappers(path: str) -> str:
+    """A name without what ``torch.compile``, checkpointing and FSDP put into it."""
+    wrappers = "_orig_mod|_modules|_checkpoint_wrapped_module|_fsdp_wrapped_module"
+    return re.sub(rf"(^|\.)({wrappers})(?=\.|$)", "", path).strip(".")
 
 
 def block_lines(block: Block) -> tuple[str, ...]:
@@ -79,10 +117,7 @@ def block_lines(block: Block) -> tuple[str, ...]:
 def user_line(node: Node) -> str | None:
     """The innermost ``file:line`` of a node's trace that is not in torch."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    for file, line in reversed(frames):
-        if not file.startswith(_LIBRARIES):
-            return f"{file}:{line}"
-    return None
+    return next((f"{f}:{line}" for f, line in reversed(frames) if not f.startswith(_NOT_THE_USERS)), None)
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -114,7 +149,11 @@ def _numbered(names: Sequence[str]) -> tuple[str, str, list[str]] | None:
         if all(n.isdigit() for n in numbers) and len(set(numbers)) > 1:
             prefix = split[0][:position]
             rests = dict.fromkeys(".".join(s[position + 1 :]) for s in split)
-            return ".".join([*prefix, numbers[0]]), ".".join([*prefix, numbers[-1]]), sorted(rests, key=list(rests).index)
+            return (
+                ".".join([*prefix, numbers[0]]),
+                ".".join([*prefix, numbers[-1]]),
+                sorted(rests, key=list(rests).index),
+            )
     return None
 
 

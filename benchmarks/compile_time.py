@@ -1,0 +1,91 @@
+"""Cold compile time of a GPT through Inductor: exact backprop against ``backend="highway"``, side by side.
+
+Each measurement is a process of its own with an empty cache; the two backends alternate.
+
+    python benchmarks/compile_time.py --layers 12 --width 128 --iterations 4 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+
+def measure(arguments: argparse.Namespace, backend: str) -> dict[str, float]:
+    """In this process: compile one training step; seconds of the first one, and of our passes."""
+    from char_gpt import CharGPT
+
+    import hwbp_compile.backend
+    from hwbp_compile.passes.pipeline import rewrite
+
+    passes: list[float] = []
+
+    def timed_rewrite(*args: object) -> object:
+        record = rewrite(*args)  # type: ignore[arg-type]
+        passes.append(sum(record.seconds.values()))
+        return record
+
+    hwbp_compile.backend.rewrite = timed_rewrite  # type: ignore[assignment]
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    # What Inductor does once a process (imports, the precompiled header) is not what is compared.
+    once = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    once(torch.randn(3, 4)).sum().backward()
+    model = CharGPT(65, arguments.length, arguments.layers, arguments.width, arguments.width // 32)
+    tokens = torch.randint(0, 65, (arguments.batch, arguments.length))
+    options = {"iterations": arguments.iterations} if backend == "highway" else None
+    compiled = torch.compile(model, backend=backend, options=options)
+    start = time.perf_counter()
+    F.cross_entropy(compiled(tokens).flatten(0, 1), tokens.flatten()).backward()
+    return {"compile": time.perf_counter() - start, "passes": sum(passes)}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", choices=["inductor", "highway"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments, arguments.one)))
+        return
+    found: dict[str, list[dict[str, float]]] = {"inductor": [], "highway": []}
+    for _ in range(arguments.repeats):
+        for backend, results in found.items():
+            with tempfile.TemporaryDirectory() as cache:
+                command = [sys.executable, __file__, *sys.argv[1:], "--one", backend]
+                environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{backend}: {results[-1]['compile']:.1f} s", flush=True)
+    exact, ours = (statistics.median(r["compile"] for r in found[b]) for b in ("inductor", "highway"))
+    passes = statistics.median(r["passes"] for r in found["highway"])
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(
+        f"{arguments.layers} layers, d {arguments.width}, k = {arguments.iterations}: inductor {exact:.1f} s, "
+        f"highway {ours:.1f} s, ratio {ours / exact:.2f}; our passes {passes:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""``explain``: what the backend does with a model, without training or compiling it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .. import _compat
+from ..chain import Chain, Refusal
+from ..options import Options, parse_options
+from ..passes.linear import linear_part
+from ..passes.pipeline import Outcome, Record, rewrite
+from .capture import Capture, Frame, capture
+from .explanation import ChainReport, Explanation, GraphReport
+from .gaps import gaps
+from .roles import effective_iterations, roles_of
+from .where import Names, block_lines, block_modules, module_names, shorten_lines
+
+
+def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
+    """Say what ``backend="highway"`` does with ``model(*args, **kwargs)``.
+
+    That is: which chains of blocks it finds, what their residual path is, and what is rewritten or why not.
+
+    The call is made once, op by op, as the model stands: a model in evaluation mode is explained in
+    evaluation mode, and under ``torch.no_grad()`` there is no backward pass to explain. Buffers, gradients,
+    random states, arguments and caches are afterwards what they were before. Give it a model or a function
+    that computes a loss, not a whole training step: an optimiser's step would be done.
+
+    Args:
+        model: a module or function, or what ``torch.compile`` made of one; its options are then used.
+        *args: what to call it with.
+        options: options of the backend, in place of those the model was compiled with.
+        **kwargs: what to call it with.
+
+    Raises:
+        OptionError: an option has a wrong name, type or value.
+    """
+    compiled = _compat.compiled_parts(model)
+    ours = compiled.backend == "highway"
+    if options is None and ours:
+        settings, _ = parse_options(compiled.options, compiled.mode)
+    else:
+        settings, _ = parse_options(options)
+    captured = capture(compiled.original, args, kwargs, compiled.dynamic)
+    notes = []
+    if compiled.backend is not None and not ours:
+        notes.append(
+            f'the model is compiled with backend="{compiled.backend}"; this is what "highway" would do'
+        )
+    elif compiled.backend is None and _has_compiled_parts(model):
+        notes.append("parts of the model are compiled on their own; this is what happens if all of it is")
+    return explain_capture(captured, settings, module_names(compiled.original), notes)
+
+
+def _has_compiled_parts(model: Any) -> bool:
+    modules = list(model.modules())[1:] if isinstance(model, torch.nn.Module) else []
+    return any(_compat.compiled_parts(m).backend is not None for m in modules)
+
+
+def explain_capture(captured: Capture, options: Options, names: Names, notes: list[str]) -> Explanation:
+    """Run the passes on copies of captured graphs. The graphs themselves are left as they are."""
+    chains: list[ChainReport] = []
+    graphs: list[GraphReport] = []
+    notes.extend(_graph_break_notes(captured))
+    if not captured.frames:
+        notes.append("Dynamo captured no graph of this call, so nothing is compiled")
+    for frame, calls in _distinct(captured.frames):
+        if frame.failure:
+            notes.append(f"a graph could not be traced: {frame.failure}")
+        elif not frame.joints:
+            notes.append(f"no gradient needed: {_why_no_gradient()}")
+        for joint in frame.joints:
+            analysis = _Analysis.of(joint, options, names, graph=len(graphs), chains_before=len(chains))
+            cut = bool(captured.graph_breaks)
+            chains.extend(analysis.chains(cut))
+            graphs.append(analysis.report(frame.graph_break.reason if frame.graph_break else "", calls))
+            if not analysis.record.needs_gradient:
+                notes.append(f"no gradient needed: {_why_no_gradient()}")
+            elif not analysis.record.outcomes:
+                notes.append(f"no residual connection found{_in_graph(len(graphs) - 1, captured)}")
+    return Explanation(tuple(chains), tuple(_counted(notes)), tuple(graphs), options)
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    """One joint graph and what the passes did to a copy of it."""
+
+    before: GraphModule
+    after: GraphModule
+    record: Record
+    options: Options
+    names: Names
+    graph: int
+    outcomes: dict[int, Outcome]
+    """By the number of the chain in the report."""
+
+    @classmethod
+    def of(
+        cls, joint: GraphModule, options: Options, names: Names, graph: int, chains_before: int
+    ) -> _Analysis:
+        after = _compat.copy_graph_module(joint)
+        place = {node.name: i for i, node in enumerate(joint.graph.nodes)}
+        record = rewrite(after.graph, options)
+        between = [Outcome(g, g.reason) for g in gaps(joint.graph, [o.found for o in record.outcomes])]
+        after.recompile()
+        # The backward pass meets the model's last chain first.
+        ordered = sorted(
+            [*record.outcomes, *between],
+            key=lambda outcome: max((place[n.name] for n in _nodes(outcome)), default=0),
+            reverse=True,
+        )
+        numbered = dict(enumerate(ordered, chains_before))
+        return cls(joint, after, record, options, names, graph, numbered)
+
+    def chains(self, cut: bool) -> list[ChainReport]:
+        return [_chain_report(o, self.options, self.names, self.graph, cut) for o in self.outcomes.values()]
+
+    def report(self, graph_break: str, calls: int) -> GraphReport:
+        return GraphReport(
+            nodes_before=len(self.before.graph.nodes),
+            nodes_after=len(self.after.graph.nodes),
+            depth_before=_depth(self.before.graph),
+            depth_after=_depth(self.after.graph),
+            seconds=dict(self.record.seconds),
+            graph_break=graph_break,
+            calls=calls,
+            before_module=self.before,
+            after_module=self.after,
+            roles=roles_of(self.outcomes, self.options, self.after.graph),
+        )
+
+
+def _nodes(outcome: Outcome) -> list[Node]:
+    found = outcome.found
+    if found.blocks:
+        return list(found.blocks[0].nodes)
+    return [found.node] if isinstance(found, Refusal) and found.node is not None else []
+
+
+def _depth(graph: Graph) -> int:
+    return max(linear_part(graph).depth.values(), default=0)
+
+
+def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, cut: bool) -> ChainReport:
+    found = outcome.found
+    blocks = found.blocks
+    applied = outcome.schedule is not None
+    entry = blocks[0].entry if blocks else ()
+    values = [node.meta["val"] for node in entry]
+    iterations = effective_iterations(options, len(blocks)) if applied else None
+    return ChainReport(
+        blocks=len(blocks),
+        classes=tuple(len(c.members) for c in found.classes) if isinstance(found, Chain) else (),
+        residual=found.residual,
+        shapes=tuple(tuple(d if isinstance(d, int) else str(d) for d in v.shape) for v in values),
+        dtypes=tuple(str(v.dtype).removeprefix("torch.") for v in values),
+        modules=block_modules(blocks[::-1], names),
+        lines=block_lines(blocks[-1]) if blocks else (),
+        options=options,
+        applied=applied,
+        reason=_reason(outcome, cut),
+        iterations=iterations,
+        new_nodes=len(outcome.new),
+        notes=tuple(_chain_notes(len(blocks), options)) if applied else (),
+        graph=graph,
+    )
+
+
+def _reason(outcome: Outcome, cut: bool) -> str:
+    if outcome.schedule is not None:
+        return ""
+    reason = outcome.reason
+    if cut and reason.startswith("too short"):
+        reason += " (a graph break keeps it apart from the rest of the model)"
+    return reason
+
+
+def _chain_notes(blocks: int, options: Options) -> list[str]:
+    assert isinstance(options.iterations, int)
+    groups = -(-(blocks - options.exact_tail) // options.group_size)
+    if options.iterations < groups:
+        return []
+    what = "blocks" if options.group_size == 1 else f"groups of {options.group_size} blocks"
+    more = f": only {groups} are done" if options.iterations > groups else ""
+    return [
+        f"iterations={options.iterations} and {groups} {what}{more}; "
+        "the gradient is exact, but costs more than plain backpropagation would"
+    ]
+
+
+def _graph_break_notes(captured: Capture) -> list[str]:
+    """Each break once, with the user's line where it is known."""
+    found = [f.graph_break for f, _ in _distinct(captured.frames) if f.graph_break is not None]
+    for other in captured.graph_breaks:
+        if not any(other.reason in known.reason for known in found):
+            # A frame that is given up says the same as the break that caused it, and where.
+            found = [known for known in found if known.line or known.reason not in other.reason] + [other]
+    return [f"graph break: {b.reason}" + (f" [{shorten_lines([b.line])}]" if b.line else "") for b in found]
+
+
+def _why_no_gradient() -> str:
+    if not torch.is_grad_enabled():
+        return "gradients are disabled here (torch.no_grad or inference_mode)"
+    return "no input or parameter of the graph requires a gradient"
+
+
+def _distinct(frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
+    """Each frame once, with how often it ran: one compiled frame may serve every block of a loop."""
+    counts: dict[int, int] = {}
+    for frame in frames:
+        counts[id(frame)] = counts.get(id(frame), 0) + 1
+    return [(frame, counts.pop(id(frame))) for frame in frames if id(frame) in counts]
+
+
+def _in_graph(index: int, captured: Capture) -> str:
+    return f" in graph {index}" if len(captured.frames) > 1 else ""
+
+
+def _counted(notes: Sequence[str]) -> list[str]:
+    """Equal notes once, with how often they occurred."""
+    counts: dict[str, int] = {}
+    for note in notes:
+        counts[note] = counts.get(note, 0) + 1
+    return [note if n == 1 else f"{note} ({n} times)" for note, n in counts.items()]
