@@ -48,9 +48,11 @@ class CharGPT(nn.Module):
         self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+                # The sum of all blocks' outputs is then about as large as one of them would be.
+                into_stream = name.endswith(("attention.out.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=width**-0.5 * ((2 * layers) ** -0.5 if into_stream else 1.0))
 
     def forward(self, characters: Tensor) -> Tensor:
         x = self.characters(characters) + self.positions[: characters.shape[1]]

@@ -37,7 +37,7 @@ def gpt_task(quick: bool) -> Task:
         make_model=lambda: CharGPT(data.classes, length, layers=layers),
         data=data,
         steps=30 if quick else 400,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
     )
 
 
@@ -50,7 +50,7 @@ def resnet_task(quick: bool) -> Task:
         make_model=lambda: DigitsResNet(blocks_per_stage=blocks),
         data=digits(batch=32),
         steps=30 if quick else 300,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
     )
 
 

@@ -29,7 +29,7 @@ CHECKS = 12
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train: how to make it, on which data, for how long."""
+    """A model to train: how to make it, on which data, for how long, up to which learning rate."""
 
     name: str
     title: str
@@ -69,6 +69,7 @@ class Run:
     model: nn.Module
     compiled: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
     compile_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -85,6 +86,7 @@ class Run:
         loss.backward()
         after = time.perf_counter()
         self.optimizer.step()
+        self.schedule.step()
         self.step_seconds.append(time.perf_counter() - start)
         self.backward_seconds.append(after - before)
         self.losses.append(loss.item())
@@ -140,7 +142,9 @@ def _start(task: Task, model: nn.Module, backward: Backward) -> Run:
     """Copy the model, and compile the copy by a first forward and backward pass."""
     mine = copy.deepcopy(model)
     compiled = torch.compile(mine, **backward.arguments)
-    run = Run(backward.name, mine, compiled, torch.optim.AdamW(mine.parameters(), task.learning_rate))
+    optimizer = torch.optim.AdamW(mine.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=task.steps)
+    run = Run(backward.name, mine, compiled, optimizer, schedule)
     start = time.perf_counter()
     run.gradients(task.data.train(0))
     run.compile_seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ import torch
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
-    max_examples=3,
+    max_examples=2,
     print_blob=True,
     # Each example compiles a model, so shrinking a failure would take longer than looking at it.
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate],

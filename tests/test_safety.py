@@ -197,9 +197,18 @@ def test_checkpointed_blocks(codegen: str) -> None:
     check_exact(Checkpointed(), torch.randn(5, D).double(), codegen=codegen)
 
 
-def test_dropout_inside_the_blocks() -> None:
+class DropPath(nn.Module):
+    """Stochastic depth: leaves out the block for some samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = torch.empty(x.shape[0], 1, dtype=x.dtype, device=x.device).bernoulli_(0.8)
+        return x * keep / 0.8
+
+
+@pytest.mark.parametrize("random", [nn.Dropout(0.5), DropPath()], ids=["dropout", "stochastic depth"])
+def test_random_numbers_inside_the_blocks(random: nn.Module) -> None:
     """The masks are the forward's, so the gradient is that of the forward that was run."""
-    blocks = [Residual(nn.LayerNorm(D), nn.Sequential(mlp(D, D), nn.Dropout(0.5))) for _ in range(5)]
+    blocks = [Residual(nn.LayerNorm(D), nn.Sequential(mlp(D, D), random)) for _ in range(5)]
     m = nn.Sequential(nn.Linear(D, D), *blocks).double()
     x = torch.randn(64, D).double()
     with recorded() as records:
