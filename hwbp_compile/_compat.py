@@ -126,12 +126,31 @@ def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> l
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph can be changed; the nodes' values (fake tensors) are shared."""
+    return fx.GraphModule(gm, copy_graph(gm.graph))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph with all of its nodes' metadata."""
     copy = fx.Graph()
-    returned = copy.graph_copy(gm.graph, {}, return_output_node=True)
+    _fill(copy, graph)
+    return copy
+
+
+def restore_graph(graph: fx.Graph, backup: fx.Graph) -> None:
+    """Make ``graph`` what ``backup`` is, in place."""
+    nodes = list(graph.nodes)
+    for node in nodes:
+        node.args, node.kwargs = (), {}
+    for node in nodes:
+        graph.erase_node(node)
+    _fill(graph, backup)
+
+
+def _fill(graph: fx.Graph, source: fx.Graph) -> None:
+    returned = graph.graph_copy(source, {}, return_output_node=True)
     assert isinstance(returned, tuple)
     value, original = returned
-    copy.output(value).meta.update(original.meta)
-    return fx.GraphModule(gm, copy)
+    graph.output(value).meta.update(original.meta)
 
 
 def _run_as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -488,10 +488,11 @@ def encoder_decoder(s: Size) -> Case:
 
 
 class TwoTowers(Chained):
-    """Two chains that meet in a product: a chain each."""
+    """Two chains that meet in a product or a sum: a chain each."""
 
-    def __init__(self, d: int, depth: int) -> None:
+    def __init__(self, d: int, depth: int, product: bool) -> None:
         super().__init__()
+        self.product, self.head = product, nn.Linear(d, 3)
         self.left = nn.ModuleList([Residual(nn.LayerNorm(d), mlp(d, d)) for _ in range(depth)])
         self.right = nn.ModuleList([HighwayLayer(d) for _ in range(depth + 1)])
         self.l_steps = [module_step(b, identity) for b in self.left]
@@ -499,12 +500,14 @@ class TwoTowers(Chained):
         self.a, self.b = nn.Linear(5, d), nn.Linear(5, d)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.last(self.l_steps, self.a(x)) * self.last(self.r_steps, self.b(y))
+        left, right = self.last(self.l_steps, self.a(x)), self.last(self.r_steps, self.b(y))
+        return self.head(left * right if self.product else left + right)
 
 
-def two_towers(s: Size) -> Case:
+def two_towers(s: Size, product: bool = True) -> Case:
     inputs = tuple(torch.randn(s.batch, 5) for _ in range(2))
-    return Case(TwoTowers(s.width, s.depth), inputs, [s.depth, s.depth + 1], ["identity", "gate"])
+    model = TwoTowers(s.width, s.depth, product)
+    return Case(model, inputs, [s.depth, s.depth + 1], ["identity", "gate"])
 
 
 FAMILIES: dict[str, Callable[[Size], Case]] = {
@@ -526,5 +529,6 @@ FAMILIES: dict[str, Callable[[Size], Case]] = {
     "auxiliary_heads": auxiliary_heads,
     "encoder_decoder": encoder_decoder,
     "two_towers": two_towers,
+    "two_towers_sum": lambda s: two_towers(s, product=False),
 }
 __all__ = ["FAMILIES", "Case", "Size", "State"]

@@ -272,8 +272,39 @@ class AddOne(torch.autograd.Function):
         return g + 1
 
 
+class Floor(torch.autograd.Function):
+    """Quantises the gradient by a division that rounds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.div(g, 0.25, rounding_mode="floor") * 0.25
+
+
+class Quantise(torch.autograd.Function):
+    """Quantises the gradient by a cast to integers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return (g * 4).to(torch.int32).to(g.dtype) / 4
+
+
 @pytest.mark.parametrize(
-    ("function", "reason"), [(Clip, "clamp"), (Square, "multiplies two gradients"), (AddOne, "constant")]
+    ("function", "reason"),
+    [
+        (Clip, "clamp"),
+        (Square, "multiplies two gradients"),
+        (AddOne, "constant"),
+        (Floor, "rounds"),
+        (Quantise, "floating-point"),
+    ],
 )
 def test_blocks_that_are_not_linear(function: Any, reason: str) -> None:
     class Odd(nn.Module):
@@ -293,6 +324,123 @@ def test_blocks_that_are_not_linear(function: Any, reason: str) -> None:
     assert any(reason in o.reason for r in records for o in r.outcomes)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
+
+
+def test_backward_that_depends_on_the_memory_layout_is_left_exact() -> None:
+    class Flip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g.contiguous().as_strided(g.shape, g.stride())
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = mlp(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + Flip.apply(self.f(x))
+
+    m = nn.Sequential(nn.Linear(D, D), *[Odd() for _ in range(5)]).double()
+    check_exact(m, torch.randn(5, D).double(), chains=0, iterations=0)
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_states_with_permuted_strides(codegen: str) -> None:
+    """The views in the backward were recorded for the layout of the old cotangents."""
+
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.blocks, self.head = nn.Linear(D, D), nn.Sequential(*chain(5)), nn.Linear(D, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.blocks(self.stem(x).transpose(0, 1)).transpose(0, 1))
+
+    check_exact(TokensFirst().double(), torch.randn(3, 4, D).double(), codegen=codegen)
+
+
+def test_channels_last() -> None:
+    m = nn.Sequential(nn.Conv2d(4, 4, 1), *[PreAct(4) for _ in range(4)]).double()
+    m = m.to(memory_format=torch.channels_last)
+    check_exact(m, torch.randn(2, 4, 5, 6).double().contiguous(memory_format=torch.channels_last))
+
+
+def test_chains_that_depend_on_each_other() -> None:
+    """Two towers that read each other half way: as two schedules each would wait for the other."""
+
+    class Exchange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, D), nn.Linear(4, D)
+            self.left = nn.ModuleList(chain(8))
+            self.right = nn.ModuleList(chain(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x), self.b(x)
+            for i, (left, right) in enumerate(zip(self.left, self.right, strict=True)):
+                a, b = left(a), right(b)
+                if i == 3:
+                    a, b = a + 0.5 * b, b + 0.5 * a
+            return torch.cat([a, 2 * b])
+
+    check_exact(Exchange().double(), torch.randn(5, 4).double(), chains=None, iterations=20)
+
+
+def test_failure_while_inserting_leaves_everything_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hwbp_compile.passes.pipeline as pipeline
+
+    original = pipeline.insert_schedule
+
+    def fail_afterwards(*args: Any) -> None:
+        original(*args)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pipeline, "insert_schedule", fail_afterwards)
+    m, x = model(), torch.randn(5, 4).double()
+    expected = grads(m, m, x)
+    with recorded() as records:
+        found = grads(m, compiled(m, iterations=0), x)
+    assert "internal error" in records[0].outcomes[0].reason
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float64])
+def test_attention_mask_shared_by_all_layers(kind: torch.dtype) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.out = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q = self.q(x).unsqueeze(1)
+            return x + self.out(F.scaled_dot_product_attention(q, q, q, attn_mask=mask).squeeze(1))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.blocks = nn.Linear(D, D), nn.ModuleList([Masked() for _ in range(4)])
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x, mask)
+            return x
+
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask = mask if kind == torch.bool else torch.where(mask, 0.0, -1e9).double()
+    check_exact(Model().double(), torch.randn(3, 5, D).double(), mask)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_own_transformer(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(D, 2, 2 * D, dropout=0.0, batch_first=True, norm_first=norm_first)
+    m = nn.Sequential(nn.Linear(D, D), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)).double()
+    check_exact(m, torch.randn(3, 5, D).double())
 
 
 def test_gradient_noise_is_an_affine_term() -> None:

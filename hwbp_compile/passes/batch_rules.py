@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CannotRewrite
-from .batch import Stacked, batching_rule, pointwise, stacked, vmap_rule
+from .batch import Stacked, align, batching_rule, pointwise, stacked, vmap_rule
 
 aten = torch.ops.aten
 
@@ -84,14 +84,9 @@ def _attention_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, An
         if name in _ATTENTION_FOLDED:
             return stacked(value, blocks).flatten(0, 1)
         if name in _ATTENTION_BIAS and value is not None:
-            rank = value.value.dim() - 1 if isinstance(value, Stacked) else value.dim()
-            if rank != 4:
-                if isinstance(value, Stacked):
-                    raise CannotRewrite(
-                        f"unsupported operator {target} with a different {rank}-d mask for each block"
-                    )
+            if not isinstance(value, Stacked) and value.dim() < 4:
                 return value
-            rows = stacked(value, blocks)
+            rows = align(stacked(value, blocks), 4)
             return rows.expand(blocks, batch, *rows.shape[2:]).flatten(0, 1)
         # What is left differs only in random state that is unused without dropout.
         return value.value[0] if isinstance(value, Stacked) else value

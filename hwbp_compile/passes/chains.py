@@ -37,11 +37,12 @@ def find_chains(part: LinearPart) -> Iterator[Found]:
     excluded: set[Node] = set()
     while (stream := longest_stream(part, excluded)) is not None:
         searches = [_search(part, path, MAX_HALVINGS) for path in (stream.path, *stream.alternatives)]
-        for found in max(searches, key=_longest):
-            yield found
-            for block in found.blocks:
-                excluded.update(block.nodes)
-        excluded.update(stream.path)
+        best = max(searches, key=_longest)
+        yield from best
+        inside = {node for found in best for block in found.blocks for node in block.nodes}
+        # What comes before the first block may start another chain as well: two towers, one head.
+        start = next((i for i, node in enumerate(stream.path) if node in inside), 0)
+        excluded.update(inside, stream.path[start:])
 
 
 def _search(part: LinearPart, path: Sequence[Node], halvings: int) -> list[Found]:
@@ -187,14 +188,12 @@ def _legal_chains(run: list[Block]) -> Iterator[Found]:
         try:
             _check(block)
         except CannotRewrite as refusal:
-            if legal:
-                yield _chain(legal)
+            yield from _chain(legal)
             yield Refusal(refusal.reason, refusal.node or block.exit[0], (block,), split(block).kind)
             legal = []
         else:
             legal.append(block)
-    if legal:
-        yield _chain(legal)
+    yield from _chain(legal)
 
 
 def _check(block: Block) -> None:
@@ -209,14 +208,24 @@ def _check(block: Block) -> None:
         raise CannotRewrite("one tensor of the state passes a block unchanged", block.exit[0])
 
 
-def _chain(blocks: list[Block]) -> Chain:
-    """The chain of these blocks, without an end whose residual path is of a kind that occurs only there.
+def _chain(blocks: list[Block]) -> Iterator[Found]:
+    """The chain of these blocks, without an end whose heavy operators are those of no other block.
 
     Past its last block a stream may go on elementwise into something that merely looks like one more, such as
     the gate of a cell's first step.
     """
-    kinds = [split(b).kind for b in blocks]
-    first = 1 if len(blocks) > 2 and kinds[0] not in kinds[1:] else 0
-    last = len(blocks) - 1 if len(blocks) > 2 and kinds[-1] not in kinds[:-1] else len(blocks)
-    kept = tuple(blocks[first:last])
-    return Chain(kept, " / ".join(dict.fromkeys(kinds[first:last])), classify(kept))
+    heavy = [sorted(f"{n.target} {_value_shape(n)}" for n in b.nodes if is_heavy(n)) for b in blocks]
+    first = 1 if len(blocks) > 2 and heavy[0] not in heavy[1:] else 0
+    last = len(blocks) - 1 if len(blocks) > 2 and heavy[-1] not in heavy[:-1] else len(blocks)
+    if blocks:
+        kept = tuple(blocks[first:last])
+        kinds = dict.fromkeys(split(b).kind for b in kept)
+        yield Chain(kept, " / ".join(kinds), classify(kept))
+    for block in (*blocks[:first], *blocks[last:]):
+        reason = "this end of the chain has other operators than the blocks of the chain"
+        yield Refusal(reason, block.exit[0], (block,), split(block).kind)
+
+
+def _value_shape(node: Node) -> str:
+    value = node.meta.get("val")
+    return str(tuple(map(str, value.shape))) if isinstance(value, torch.Tensor) else ""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import _compat
 from ..chain import Chain
+from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers import solve
 from .depth_system import DepthSystem
@@ -42,15 +43,52 @@ def trace_schedule(chain: Chain, options: Options) -> Schedule:
     assert isinstance(options.iterations, int)
     iterations = options.iterations
 
-    def schedule(*values: Any) -> tuple[torch.Tensor, ...]:
+    def schedule(*values: Any) -> tuple[Tensor, ...]:
         given = dict(zip(nodes, values, strict=True))
         system = DepthSystem(chain, given.__getitem__)
         w = solve(system, iterations=iterations, gamma=options.gamma, group_size=options.group_size)
-        return tuple(row for component in w for row in component[1:].unbind(0))
+        rows = (row for component in w for row in component[1:].unbind(0))
+        return tuple(
+            with_layout(row, exit_.meta["val"]) for row, exit_ in zip(rows, exits(chain), strict=True)
+        )
 
     traced = _compat.trace(schedule, [n.meta["val"] for n in nodes])
     traced.graph.eliminate_dead_code()
     return Schedule(chain, nodes, traced)
+
+
+def exits(chain: Chain) -> list[Node]:
+    """The cotangents that a schedule replaces, component by component, from the loss to the input."""
+    return [block.exit[i] for i in range(len(chain.blocks[0].entry)) for block in chain.blocks]
+
+
+def with_layout(row: Tensor, like: Tensor) -> Tensor:
+    """``row`` with the strides of ``like``, which operators behind it, such as a view, were recorded for."""
+    if str(row.stride()) == str(like.stride()) or like.is_contiguous():
+        return row
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
+    laid_out = row.permute(order).contiguous().permute([order.index(d) for d in range(like.dim())])
+    if str(laid_out.stride()) != str(strides):
+        raise CannotRewrite("the state has a memory layout that a new tensor cannot have")
+    return laid_out
+
+
+def closes_a_cycle(schedule: Schedule, renamed: dict[Node, Node]) -> bool:
+    """Whether a schedule would need, to start, what is computed from its results.
+
+    Block by block there is no cycle, but a schedule hands out all its results at once: two chains that read
+    each other's states half way cannot both be schedules.
+    """
+    needed = {renamed.get(n, n) for n in schedule.inputs}
+    seen: set[Node] = set()
+    stack = list(exits(schedule.chain))
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return not needed.isdisjoint(seen)
 
 
 def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node]) -> list[Node]:
@@ -83,11 +121,8 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
                     environment[node] = graph.node_copy(node, environment.__getitem__)
                 environment[node].meta["partitioner_tag"] = "is_backward"
                 new.append(environment[node])
-    old = [
-        block.exit[i] for i in range(len(schedule.chain.blocks[0].entry)) for block in schedule.chain.blocks
-    ]
     inserted = set(new)
-    for before, after in zip(old, results, strict=True):
+    for before, after in zip(exits(schedule.chain), results, strict=True):
         before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inserted)
         renamed[before] = after
     return new

@@ -60,7 +60,7 @@ register_linear(
     "select "
     "split split_with_sizes unbind sum mean flip roll constant_pad_nd _to_copy to diagonal tril triu repeat "
     "slice_backward select_backward diagonal_backward cumsum index gather unfold lift_fresh_copy contiguous "
-    "movedim view_as_real view_as_complex real _conj conj_physical as_strided",
+    "movedim view_as_real view_as_complex real _conj conj_physical _fft_c2c _fft_r2c _fft_c2r",
     FIRST,
 )
 register_linear("prims::convert_element_type prims::view_of", FIRST)
@@ -68,7 +68,7 @@ register_linear("cat stack", FIRST)
 register_linear("where", _joint(1, 2))
 register_linear("slice_scatter select_scatter diagonal_scatter copy", _joint(0, 1))
 register_linear("masked_fill", FIRST)
-register_linear("scatter_add index_add", _joint(0, 3))
+register_linear("scatter scatter_add index_add", _joint(0, 3))
 register_linear("index_put _unsafe_index_put", _joint(0, 2))
 register_linear(
     "convolution_backward max_pool2d_with_indices_backward avg_pool2d_backward avg_pool3d_backward "
@@ -149,6 +149,13 @@ def is_zero_constant(node: Node) -> bool:
     return position is not None and len(node.args) > position and _is_zero(node.args[position])
 
 
+def _is_continuous(value: Any) -> bool:
+    """Whether a value consists of floating-point or complex tensors: rounding to integers is not linear."""
+    if isinstance(value, (tuple, list)):
+        return all(v is None or _is_continuous(v) for v in value)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
 
@@ -159,8 +166,16 @@ def check_linear(node: Node, dependent: set[Node]) -> None:
     Constant affine terms (``add(x, saved)``) are allowed: they join the direct gradients.
     """
     name = op_name(node)
+    if not _is_continuous(node.meta.get("val")):
+        raise CannotRewrite(
+            f"{node.target} turns a gradient into something that is no floating-point tensor", node
+        )
     if name == "getitem":
         return
+    if node.target is torch.ops.aten.view.dtype:
+        raise CannotRewrite(f"{node.target} reads a gradient's bits as another dtype", node)
+    if node.kwargs.get("rounding_mode") is not None:
+        raise CannotRewrite(f"{node.target} rounds the gradient", node)
     uses = [i for i, argument in enumerate(node.args) if any(n in dependent for n in nodes_in(argument))]
     if any(n in dependent for n in nodes_in(node.kwargs)):
         raise CannotRewrite(

@@ -15,10 +15,13 @@ from ..options import Options
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
-from .emit import Schedule, insert_schedule, trace_schedule
+from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import linear_part
+from .linear_ops import op_name
 
 log = logging.getLogger(__name__)
+
+_AS_STRIDED = "unsupported operator aten.as_strided.default in the backward pass"
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,43 @@ def rewrite(graph: Graph, options: Options) -> Record:
     part = linear_part(graph)
     record.needs_gradient = bool(part.order)
     found = list(find_chains(part))
+    if any(op_name(n) == "aten::as_strided" for n in part.order if n.op == "call_function"):
+        # Its result depends on where in memory its operand lies, and the new cotangents lie elsewhere.
+        found = [Refusal(_AS_STRIDED, f.blocks[-1].exit[0], f.blocks, f.residual) for f in found if f.blocks]
     lap("find")
     for each in found:
         record.outcomes.append(_plan(each, options))
         lap("trace")
+    if any(outcome.schedule is not None for outcome in record.outcomes):
+        record.outcomes = _insert_all(graph, record.outcomes)
+    lap("insert")
+    return record
+
+
+def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
+    """Put the schedules into the graph, the longest chain first; as it was if that fails."""
+    backup = _compat.copy_graph(graph)
     renamed: dict[Node, Node] = {}
-    for i, outcome in enumerate(record.outcomes):
-        if outcome.schedule is not None:
-            new = insert_schedule(graph, outcome.schedule, renamed)
-            record.outcomes[i] = Outcome(outcome.found, "", outcome.schedule, tuple(new))
-    if renamed:
+    done: dict[int, Outcome] = {}
+    try:
+        for i in sorted(range(len(outcomes)), key=lambda i: -len(outcomes[i].found.blocks)):
+            outcome = outcomes[i]
+            if outcome.schedule is None:
+                done[i] = outcome
+            elif closes_a_cycle(outcome.schedule, renamed):
+                done[i] = Outcome(outcome.found, "it depends on another rewritten chain that depends on it")
+            else:
+                new = insert_schedule(graph, outcome.schedule, renamed)
+                done[i] = Outcome(outcome.found, "", outcome.schedule, tuple(new))
         _compat.sort_topologically(graph)
         graph.eliminate_dead_code()
         graph.lint()
-    lap("insert")
-    return record
+    except Exception as error:  # see _plan
+        log.warning("All chains are left exact after an internal error.", exc_info=True)
+        _compat.restore_graph(graph, backup)
+        reason = f"internal error: {type(error).__name__}: {error}"
+        return [Outcome(o.found, o.reason or reason) for o in outcomes]
+    return [done[i] for i in range(len(outcomes))]
 
 
 def _plan(found: Chain | Refusal, options: Options) -> Outcome:
