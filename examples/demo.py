@@ -36,7 +36,7 @@ def gpt_task(quick: bool) -> Task:
         title=f"GPT: a chain of {2 * layers} residual blocks",
         make_model=lambda: CharGPT(data.classes, length, layers=layers),
         data=data,
-        steps=30 if quick else 400,
+        steps=30 if quick else 300,
         learning_rate=4e-3,
     )
 
@@ -49,7 +49,7 @@ def resnet_task(quick: bool) -> Task:
         title=f"ResNet: two chains of {blocks} residual blocks",
         make_model=lambda: DigitsResNet(blocks_per_stage=blocks),
         data=digits(batch=32),
-        steps=30 if quick else 300,
+        steps=30 if quick else 200,
         learning_rate=4e-3,
     )
 
@@ -123,6 +123,7 @@ def main() -> None:
     codegen = arguments.codegen or choose_codegen()
     # Dynamo keeps a compiled version of the model's class for each run, by default no more than 8.
     torch._dynamo.config.recompile_limit = len(arguments.iterations) + 8
+    torch.set_num_threads(min(torch.get_num_threads(), 4))  # the models are too small for more
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, codegen {codegen}")
 
     results: dict[str, list[Run]] = {}
@@ -136,7 +137,7 @@ def main() -> None:
     (OUTPUT / "results.md").write_text("\n".join([*sections, LEGEND, ""]))
     draw(results, OUTPUT / "demo.png")
     seconds = time.perf_counter() - start
-    print(f"\n{LEGEND}\n\n{seconds:.0f} s in all. Tables and plot: {OUTPUT}/results.md, {OUTPUT}/demo.png")
+    print(f"\n{LEGEND}\n\n{seconds:.0f} s in all. Tables: {OUTPUT}/results.md, plot: {OUTPUT}/demo.png")
 
 
 if __name__ == "__main__":

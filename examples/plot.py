@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.ticker import LogLocator, NullFormatter
 from training import Run
 
 EXACT = "#222222"
@@ -48,9 +49,10 @@ def _loss(axis: Axes, runs: Sequence[Run], colours: Sequence[str]) -> None:
         losses = [check.loss for check in run.checks]
         axis.plot(steps, losses, style, color=colour, label=run.name, lw=2, zorder=layer)
     axis.set(xlabel="step", ylabel="validation loss", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.grid(alpha=0.25, which="both")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.25)
     axis.legend(frameon=False)
 
 
@@ -75,6 +77,6 @@ def _time(axis: Axes, runs: Sequence[Run], colours: Sequence[str]) -> None:
         axis.text(before + duration, row, f" {duration:.1f}", va="center")
     axis.set_yticks(rows, [run.name for run in runs])
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.set_xlim(right=1.15 * max(run.step_ms for run in runs))
     axis.set(xlabel="ms (median of a training step)")
     axis.set_title("backward, after the rest of the step in grey", fontsize="medium")

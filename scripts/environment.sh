@@ -17,13 +17,14 @@ make_environment() {
                 return 1
             }
         fi
+        echo "Installing $torch and this package with [$extra] into .venv"
         # torch by itself first, so that no other constraint takes part in choosing its build.
         .venv/bin/python -m pip install --disable-pip-version-check --quiet "$torch" &&
             .venv/bin/python -m pip install --disable-pip-version-check --quiet -e ".[$extra]" || return 1
         echo "$wanted" >"$stamp"
     fi
     PATH=$PWD/.venv/bin:$PATH
-    if ! command -v "${CXX:-c++}" >/dev/null; then
+    if ! command -v "${CXX:-g++}" >/dev/null; then
         echo "There is no C++ compiler; torch.compile needs one to generate code (Debian: apt install g++)." >&2
     fi
 }
