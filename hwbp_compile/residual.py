@@ -110,7 +110,7 @@ class ResidualPath:
         Returns ``(scannable, rest, order)``: components in ``order`` depend on themselves and on earlier
         ones only. ``rest`` is zero unless components exchange their roles in a cycle.
         """
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[int] = nx.DiGraph()
         graph.add_nodes_from(range(self.size))
         graph.add_edges_from(
             (j, i)

@@ -24,7 +24,7 @@ class LinearPart:
     """
 
     order: dict[Node, int]
-    dag: nx.DiGraph
+    dag: nx.DiGraph[Node]
     depth: dict[Node, int]
 
 
@@ -42,7 +42,7 @@ class Stream:
 
 def linear_part(graph: Graph) -> LinearPart:
     """Collect what depends on the tangents (placeholders that AOTAutograd names ``tangents_*``)."""
-    dag = nx.DiGraph()
+    dag: nx.DiGraph[Node] = nx.DiGraph()
     order: dict[Node, int] = {}
     depth: dict[Node, int] = {}
     for node in graph.nodes:

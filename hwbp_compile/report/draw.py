@@ -163,7 +163,7 @@ def _picture(report: GraphReport, explanation: Explanation, *, rewritten: bool) 
 
 
 def _dag(nodes: Iterable[Node]) -> nx.DiGraph:
-    dag = nx.DiGraph()
+    dag: nx.DiGraph[Any] = nx.DiGraph()
     for node in nodes:
         dag.add_node(node.name)
         dag.add_edges_from((n.name, node.name) for n in node.all_input_nodes if n.name in dag)
