@@ -36,7 +36,7 @@ def gpt_task(quick: bool) -> Task:
         title=f"GPT: a chain of {2 * layers} residual blocks",
         make_model=lambda: CharGPT(data.classes, length, layers=layers),
         data=data,
-        steps=30 if quick else 300,
+        steps=30 if quick else 200,
         learning_rate=4e-3,
     )
 
@@ -49,7 +49,7 @@ def resnet_task(quick: bool) -> Task:
         title=f"ResNet: two chains of {blocks} residual blocks",
         make_model=lambda: DigitsResNet(blocks_per_stage=blocks),
         data=digits(batch=32),
-        steps=30 if quick else 200,
+        steps=30 if quick else 150,
         learning_rate=4e-3,
     )
 
