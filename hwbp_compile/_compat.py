@@ -83,7 +83,6 @@ def compile_op_by_op(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any], graph_pass: GraphPass
 ) -> Any:
     """The joint graph, passes and partitioner of Inductor's compilation, run one aten operator at a time."""
-    from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     user_passes = _user_passes(patches)
@@ -94,18 +93,11 @@ def compile_op_by_op(
         joint.recompile()
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
-    compiler = aot_autograd(
-        fw_compiler=_run_as_it_is,
-        bw_compiler=_run_as_it_is,
-        decompositions=dict(decompositions()),
-        partition_fn=partition,
-    )
-    return compiler(gm, example_inputs)
+    return _trace_with_aot(gm, example_inputs, partition)
 
 
 def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[fx.GraphModule]:
     """Trace ``gm`` with AOTAutograd; copies of its joint graphs (none where nothing needs a gradient)."""
-    from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import default_partition
 
     joints: list[fx.GraphModule] = []
@@ -114,13 +106,7 @@ def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> l
         joints.append(copy_graph_module(joint))
         return default_partition(joint, inputs, **kwargs)
 
-    compiler = aot_autograd(
-        fw_compiler=_run_as_it_is,
-        bw_compiler=_run_as_it_is,
-        decompositions=dict(decompositions()),
-        partition_fn=partition,
-    )
-    compiler(gm, example_inputs)
+    _trace_with_aot(gm, example_inputs, partition)
     return joints
 
 
@@ -151,6 +137,19 @@ def _fill(graph: fx.Graph, source: fx.Graph) -> None:
     assert isinstance(returned, tuple)
     value, original = returned
     graph.output(value).meta.update(original.meta)
+
+
+def _trace_with_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], partition: Callable[..., Any]) -> Any:
+    """Trace as Inductor does, split the joint graph with ``partition``, and run both halves as they are."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiler = aot_autograd(
+        fw_compiler=_run_as_it_is,
+        bw_compiler=_run_as_it_is,
+        decompositions=dict(decompositions()),
+        partition_fn=partition,
+    )
+    return compiler(gm, example_inputs)
 
 
 def _run_as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

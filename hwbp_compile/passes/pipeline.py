@@ -94,8 +94,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
     except Exception as error:  # see _plan
         log.warning("All chains are left exact after an internal error.", exc_info=True)
         _compat.restore_graph(graph, backup)
-        reason = f"internal error: {type(error).__name__}: {error}"
-        return [Outcome(o.found, o.reason or reason) for o in outcomes]
+        return [Outcome(o.found, o.reason or _internal(error)) for o in outcomes]
     return [done[i] for i in range(len(outcomes))]
 
 
@@ -116,4 +115,8 @@ def _plan(found: Chain | Refusal, options: Options) -> Outcome:
         log.warning(
             "A chain of %d blocks is left exact after an internal error.", len(found.blocks), exc_info=True
         )
-        return Outcome(found, f"internal error: {type(error).__name__}: {error}")
+        return Outcome(found, _internal(error))
+
+
+def _internal(error: Exception) -> str:
+    return f"internal error: {type(error).__name__}: {error}"

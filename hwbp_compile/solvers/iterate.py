@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..residual import ResidualPath, add_values
+from ..residual import ResidualPath, add, add_values
 from ..scan.path import scan_path
 from ..system import State, System
 from .group import GroupedSystem
@@ -98,10 +98,7 @@ class HeadSystem:
 
 def _sum_paths(a: ResidualPath, b: ResidualPath) -> ResidualPath:
     return ResidualPath(
-        tuple(
-            tuple(y if x is None else x if y is None else x + y for x, y in zip(p, q, strict=True))
-            for p, q in zip(a.entries, b.entries, strict=True)
-        )
+        tuple(tuple(map(add, p, q)) for p, q in zip(a.entries, b.entries, strict=True)),
     )
 
 
