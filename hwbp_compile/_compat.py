@@ -43,6 +43,14 @@ def trace(function: Callable[..., Any], fake_inputs: Sequence[Any]) -> fx.GraphM
         return make_fx(function, decomposition_table=dict(decompositions()))(*fake_inputs)
 
 
+def nodes_being_traced() -> list[fx.Node]:
+    """The nodes so far of the graph that :func:`trace` is making; none outside of it."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return [] if mode is None else list(mode.tracer.graph.nodes)
+
+
 def sort_topologically(graph: fx.Graph) -> None:
     """Order the nodes so that operands come first, moving as little as possible."""
     from torch._inductor.pattern_matcher import stable_topological_sort

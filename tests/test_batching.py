@@ -89,6 +89,26 @@ def calls() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]
             (s(2, 4, 5, 5), s(2, 3, 5, 5), rand(4, 3, 3, 3), None, *conv),
             {},
         ),
+        "convolution and its weight": lambda: (
+            aten.convolution_backward.default,
+            (s(2, 4, 5, 5), s(2, 3, 5, 5), s(4, 3, 3, 3), [4], *conv[:-1], [True, True, True]),
+            {},
+        ),
+        "weight of a grouped convolution": lambda: (
+            aten.convolution_backward.default,
+            (s(2, 6, 3, 3), s(2, 4, 6, 6), s(6, 2, 3, 3), None, *down[:-1], [False, True, False]),
+            {},
+        ),
+        "one weight of several convolutions": lambda: (
+            aten.convolution_backward.default,
+            (s(2, 4, 5, 5), s(2, 3, 5, 5), rand(4, 3, 3, 3), [4], *conv[:-1], [False, True, True]),
+            {},
+        ),
+        "bias of a convolution": lambda: (
+            aten.convolution_backward.default,
+            (s(2, 4, 5, 5), s(2, 3, 5, 5), s(4, 3, 3, 3), [4], *conv[:-1], [False, False, True]),
+            {},
+        ),
         "attention": lambda: (
             aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
             *attention(),
@@ -156,12 +176,6 @@ def test_attention_with_dropout_is_refused() -> None:
     target = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     with pytest.raises(CannotRewrite, match="dropout"):
         batched_call(target, (*columns, 0.1, causal), kwargs, N, None)  # type: ignore[arg-type]
-
-
-def test_the_gradient_of_a_weight_inside_a_block_is_refused() -> None:
-    target, args, kwargs = calls()["convolution"]()
-    with pytest.raises(CannotRewrite, match="weight"):
-        batched_call(target, (*args[:10], [True, True, False]), kwargs, N, None)  # type: ignore[arg-type]
 
 
 def test_vmap_fallback_is_restored_after_a_refusal() -> None:

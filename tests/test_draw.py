@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hwbp_compile import explain
-from hwbp_compile.report.draw import GRADIENTS, OUTSIDE, _picture
+from hwbp_compile.report.draw import OUTSIDE, _picture
 from hwbp_compile.report.explanation import Explanation
 from hwbp_compile.report.layout import place
-from hwbp_compile.report.roles import INSIDE, RESIDUAL, STACKING
+from hwbp_compile.report.roles import STACKING
+from hwbp_compile.stage import GRADIENTS, INSIDE, RESIDUAL, stage_of
 
 BLOCKS = 8
 
@@ -82,9 +83,8 @@ def test_every_iteration_has_the_same_operators() -> None:
     graph = explanation.graphs[0]
     targets: dict[Any, list[str]] = {}
     for node in graph.after_module.graph.nodes:
-        _, role = graph.roles.schedule.get(node.name, (0, None))
-        if isinstance(role, int) and not any(name in str(node.target) for name in ("getitem", "unbind")):
-            targets.setdefault(role, []).append(str(node.target))
+        if isinstance(number := stage_of(node), int):
+            targets.setdefault(number, []).append(str(node.target))
     assert set(targets) == {1, 2, 3}
     assert sorted(targets[1]) == sorted(targets[2]) == sorted(targets[3])
 

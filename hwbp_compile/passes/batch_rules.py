@@ -47,19 +47,29 @@ def _scatter(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks:
 
 @batching_rule("convolution_backward")
 def _convolution_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
-    """The gradient of the input: blocks join the groups if their weights differ, the batch if not."""
-    grad, value, weight, _, *settings, groups, mask = args
-    if mask[1] or mask[2]:
-        raise CannotRewrite(f"{target} for a weight inside of a block")
+    """Blocks join the groups of the convolution if their weights differ, the batch if not."""
+    grad, value, weight, _, *settings, groups, (to_value, to_weight, to_bias) = args
     grad, value = stacked(grad, blocks), stacked(value, blocks)
-    if not isinstance(weight, Stacked):
+    bias = Stacked(grad.sum([1, *range(3, grad.dim())])) if to_bias else None
+    if not to_value and not to_weight:
+        return None, None, bias
+    if not isinstance(weight, Stacked) and not to_weight:
+        mask = [True, False, False]
         out = target(grad.flatten(0, 1), value.flatten(0, 1), weight, None, *settings, groups, mask)[0]
-        return Stacked(out.reshape(value.shape)), None, None
+        return Stacked(out.reshape(value.shape)), None, bias
     # [n, B, C, ...] -> [B, n * C, ...]
     merged = [x.movedim(0, 1).flatten(1, 2) for x in (grad, value)]
-    out = target(*merged, weight.value.flatten(0, 1), None, *settings, groups * blocks, mask)[0]
+    weights = stacked(weight, blocks)
+    mask = [to_value, to_weight, False]
+    out = target(*merged, weights.flatten(0, 1), None, *settings, groups * blocks, mask)
     batch, channels = value.shape[1], value.shape[2]
-    return Stacked(out.reshape(batch, blocks, channels, *value.shape[3:]).movedim(1, 0)), None, None
+    return (
+        Stacked(out[0].reshape(batch, blocks, channels, *value.shape[3:]).movedim(1, 0))
+        if to_value
+        else None,
+        Stacked(out[1].reshape(weights.shape)) if to_weight else None,
+        bias,
+    )
 
 
 _ATTENTION_FOLDED = {"grad_out", "grad_out_", "query", "key", "value", "out", "logsumexp"}

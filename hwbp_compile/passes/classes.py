@@ -24,7 +24,7 @@ def signature(block: Block) -> Signature:
     names: dict[Node, str] = {node: f"entry{i}" for i, node in enumerate(block.entry)}
     for i, node in enumerate(externals_of(block)):
         # A symbolic size is no tensor to stack: blocks of one class must share it.
-        names[node] = f"external{i}:{_value(node)}"
+        names[node] = f"external{i}:{value_text(node)}"
     lines = []
     for i, node in enumerate(canonical_order(block)):
         names[node] = f"node{i}"
@@ -32,8 +32,8 @@ def signature(block: Block) -> Signature:
             str(map_arg(node.args, lambda n: _Name(names[n]))),
             str(map_arg(node.kwargs, lambda n: _Name(names[n]))),
         )
-        lines.append((str(node.target), *arguments, _value(node)))
-    return (tuple(_value(n) for n in block.entry), tuple(lines), tuple(names[n] for n in block.exit))
+        lines.append((str(node.target), *arguments, value_text(node)))
+    return (tuple(value_text(n) for n in block.entry), tuple(lines), tuple(names[n] for n in block.exit))
 
 
 class _Name(str):
@@ -45,7 +45,8 @@ class _Name(str):
         return str(self)
 
 
-def _value(node: Node) -> str:
+def value_text(node: Node) -> str:
+    """Shape, dtype and device of a node's value as text; a symbolic size by its name."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{tuple(str(d) for d in value.shape)}{value.device}"

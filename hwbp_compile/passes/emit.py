@@ -1,11 +1,12 @@
 """Sixth pass: trace the solver over a chain and put it in the place of the sequential backward.
 
-The cotangents of the chain's states are computed by the traced schedule. Everything else that hangs on
-them, such as the gradients of the parameters, stays as it was and reads the new cotangents.
+The traced schedule computes the cotangents of the chain's states and, from these, the gradients that hang on
+several blocks in the same way. Everything else stays as it was and reads the new cotangents.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,44 +18,81 @@ from ..chain import Chain
 from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers import solve
+from ..stage import GRADIENTS, stage
+from .classes import value_text
 from .depth_system import DepthSystem
+from .linear import LinearPart
+from .linear_ops import same_shape
+from .parameter_gradients import (
+    GradientGroup,
+    GradientProgram,
+    find_groups,
+    keep_one_term,
+    read_by,
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A traced solver: ``inputs`` are nodes of the joint graph, the outputs the chain's cotangents."""
+    """A traced solver.
+
+    ``inputs`` are nodes of the joint graph; the outputs take the place of the nodes ``replaced``. Of a group
+    in ``summed`` only the first node is replaced, by the sum of all.
+    """
 
     chain: Chain
     inputs: tuple[Node, ...]
+    replaced: tuple[Node, ...]
+    summed: tuple[GradientGroup, ...]
     graph_module: GraphModule
 
 
-def trace_schedule(chain: Chain, options: Options) -> Schedule:
-    """Trace the solver for one chain. The joint graph is only read.
+def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[Node]) -> Schedule:
+    """Trace the solver for one chain. The joint graph is only read; ``taken`` are the nodes of all chains.
 
     Raises:
         CannotRewrite: an operator of a block cannot be batched.
     """
+    owners, groups = find_groups(chain, part, taken)
     inputs: dict[Node, None] = dict.fromkeys(chain.blocks[0].entry)
     for each in chain.classes:
         for column in each.externals:
             inputs.update(dict.fromkeys(column))
+    inputs.update(read_by(owners, groups))
     nodes = tuple(inputs)
     assert isinstance(options.iterations, int)
     iterations = options.iterations
+    replaced: list[Node] = []
+    summed: list[GradientGroup] = []
 
     def schedule(*values: Any) -> tuple[Tensor, ...]:
         given = dict(zip(nodes, values, strict=True))
         system = DepthSystem(chain, given.__getitem__)
         w = solve(system, iterations=iterations, gamma=options.gamma, group_size=options.group_size)
-        rows = (row for component in w for row in component[1:].unbind(0))
-        return tuple(
-            with_layout(row, exit_.meta["val"]) for row, exit_ in zip(rows, exits(chain), strict=True)
-        )
+        replaced.extend(exits(chain))
+        states = [row for component in w for row in component[1:].unbind(0)]
+        rows = [in_place_of(node, row) for node, row in zip(replaced, states, strict=True)]
+        program = GradientProgram(owners, groups, given.__getitem__, w)
+        for group in groups:
+            try:
+                with stage(GRADIENTS):
+                    found = _rows_of(program(group), group)
+            except CannotRewrite as refusal:
+                log.info(
+                    "%d gradients such as %s stay one by one: %s", len(group.nodes), group.nodes[0], refusal
+                )
+                continue
+            rows.extend(found)
+            replaced.extend(group.nodes[: len(found)])
+            if group.summed:
+                summed.append(group)
+        return tuple(rows)
 
     traced = _compat.trace(schedule, [n.meta["val"] for n in nodes])
     traced.graph.eliminate_dead_code()
-    return Schedule(chain, nodes, traced)
+    return Schedule(chain, nodes, tuple(replaced), tuple(summed), traced)
 
 
 def exits(chain: Chain) -> list[Node]:
@@ -62,11 +100,27 @@ def exits(chain: Chain) -> list[Node]:
     return [block.exit[i] for i in range(len(chain.blocks[0].entry)) for block in chain.blocks]
 
 
-def with_layout(row: Tensor, like: Tensor) -> Tensor:
-    """``row`` with the strides of ``like``, which operators behind it, such as a view, were recorded for."""
-    if str(row.stride()) == str(like.stride()) or like.is_contiguous():
-        return row
+def _rows_of(value: Any, group: GradientGroup) -> list[Tensor]:
+    rows = [value] if group.summed else list(value.value.unbind(0))
+    return [in_place_of(node, row) for node, row in zip(group.nodes, rows, strict=not group.summed)]
+
+
+def in_place_of(node: Node, row: Tensor) -> Tensor:
+    """``row`` with the strides of ``node``, which operators behind it, such as a view, were recorded for.
+
+    Raises:
+        CannotRewrite: no new tensor can have these strides.
+    """
+    like = node.meta["val"]
+    if not same_shape(row, like) or row.dtype != like.dtype:
+        raise RuntimeError(
+            f"{row.dtype}{tuple(row.shape)} cannot take the place of {node} ({value_text(node)})"
+        )
+    if like.is_contiguous():
+        return row.contiguous()
     strides = like.stride()
+    if str(row.stride()) == str(strides):
+        return row
     order = sorted(range(like.dim()), key=lambda d: -strides[d])
     laid_out = row.permute(order).contiguous().permute([order.index(d) for d in range(like.dim())])
     if str(laid_out.stride()) != str(strides):
@@ -80,9 +134,9 @@ def closes_a_cycle(schedule: Schedule, renamed: dict[Node, Node]) -> bool:
     Block by block there is no cycle, but a schedule hands out all its results at once: two chains that read
     each other's states half way cannot both be schedules.
     """
-    needed = {renamed.get(n, n) for n in schedule.inputs}
+    needed = {present(n, renamed) for n in schedule.inputs}
     seen: set[Node] = set()
-    stack = list(exits(schedule.chain))
+    stack = [present(n, renamed) for n in schedule.replaced]
     while stack:
         for user in stack.pop().users:
             if user not in seen:
@@ -91,13 +145,20 @@ def closes_a_cycle(schedule: Schedule, renamed: dict[Node, Node]) -> bool:
     return not needed.isdisjoint(seen)
 
 
+def present(node: Node, renamed: dict[Node, Node]) -> Node:
+    """What has taken the place of ``node`` by now."""
+    while node in renamed:
+        node = renamed[node]
+    return node
+
+
 def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node]) -> list[Node]:
     """Inline a schedule before the end of ``graph`` and redirect the users of the old cotangents.
 
     Args:
         graph: the joint graph, changed in place; sort it topologically afterwards.
         schedule: the traced solver.
-        renamed: cotangents replaced so far, old to new; extended.
+        renamed: nodes replaced so far, old to new; extended.
 
     Returns:
         The new nodes.
@@ -111,7 +172,7 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
         for node in schedule.graph_module.graph.nodes:
             if node.op == "placeholder":
                 source = next(inputs)
-                environment[node] = renamed.get(source, source)
+                environment[node] = present(source, renamed)
             elif node.op == "output":
                 results = tuple(environment[n] for n in node.args[0])
             else:
@@ -122,7 +183,9 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
                 environment[node].meta["partitioner_tag"] = "is_backward"
                 new.append(environment[node])
     inserted = set(new)
-    for before, after in zip(exits(schedule.chain), results, strict=True):
+    for group in schedule.summed:
+        keep_one_term(graph, group, renamed)
+    for before, after in zip(schedule.replaced, results, strict=True):
         before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inserted)
         renamed[before] = after
     return new

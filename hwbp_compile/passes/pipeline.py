@@ -16,7 +16,7 @@ from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
-from .linear import linear_part
+from .linear import LinearPart, linear_part
 from .linear_ops import op_name
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ def rewrite(graph: Graph, options: Options) -> Record:
         # Its result depends on where in memory its operand lies, and the new cotangents lie elsewhere.
         found = [Refusal(_AS_STRIDED, f.blocks[-1].exit[0], f.blocks, f.residual) for f in found if f.blocks]
     lap("find")
+    taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     for each in found:
-        record.outcomes.append(_plan(each, options))
+        record.outcomes.append(_plan(each, options, part, taken))
         lap("trace")
     if any(outcome.schedule is not None for outcome in record.outcomes):
         record.outcomes = _insert_all(graph, record.outcomes)
@@ -98,7 +99,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
     return [done[i] for i in range(len(outcomes))]
 
 
-def _plan(found: Chain | Refusal, options: Options) -> Outcome:
+def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
     """Decide on one chain and trace its schedule."""
     if isinstance(found, Refusal):
         return Outcome(found, found.reason)
@@ -106,7 +107,8 @@ def _plan(found: Chain | Refusal, options: Options) -> Outcome:
     if reason is not None:
         return Outcome(found, reason)
     try:
-        return Outcome(found, "", trace_schedule(without_tail(found, options.exact_tail), options))
+        chain = without_tail(found, options.exact_tail)
+        return Outcome(found, "", trace_schedule(chain, options, part, taken))
     except CannotRewrite as refusal:
         return Outcome(found, refusal.reason)
     except _compat.restart_exceptions():

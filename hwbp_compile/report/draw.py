@@ -17,8 +17,9 @@ from torch.fx import Node
 
 from ..passes.linear import linear_part
 from ..passes.linear_ops import is_heavy, op_name
+from ..stage import GRADIENTS, INSIDE, RESIDUAL, stage_of
 from .layout import Box, place
-from .roles import INSIDE, ITERATIONS, RESIDUAL, STACKING
+from .roles import STACKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .explanation import Explanation, GraphReport
 
 OUTSIDE = "outside of the chains"
-GRADIENTS = "gradients of parameters and inputs"
 
 INK, QUIET, EDGE = "#22272e", "#6b7280", "#9aa3af"
 FIXED = {
@@ -42,7 +42,8 @@ ITERATION_MAPS = ("Blues", "Purples", "Greens", "Oranges")
 MANY = 4000
 """So many nodes are drawn without gaps, and their edges as pixels, also in an SVG."""
 
-SCHEDULE = ("iteration", ITERATIONS, RESIDUAL, INSIDE)
+SCHEDULE = ("iteration", RESIDUAL, INSIDE)
+"""Kinds of nodes that compute all blocks at once, and wait for one another."""
 
 Role = tuple[str, int, int]
 """A kind, and for blocks and iterations the chain and the number."""
@@ -183,13 +184,9 @@ def _complete(dag: nx.DiGraph, named: dict[str, Role]) -> dict[str, Role]:
 def _height(node: Node, role: Role, blocks: Mapping[int, int]) -> float:
     """How many blocks a node of a schedule computes at once: the rows of its stack."""
     value = node.meta.get("val")
-    if role[0] not in SCHEDULE or not isinstance(value, torch.Tensor):
+    if stage_of(node) is None or not isinstance(value, torch.Tensor) or value.dim() == 0:
         return 1.0
-    if (
-        value.dim() == 0
-        or op_name(node) in ("getitem", "aten::select")
-        or not isinstance(value.shape[0], int)
-    ):
+    if op_name(node) in ("getitem", "aten::select") or not isinstance(value.shape[0], int):
         return 1.0
     return float(max(1, min(value.shape[0], blocks[role[1]])))
 
@@ -204,8 +201,6 @@ def _colour(role: Role, sizes: Mapping[int, int]) -> Any:
         return colormaps[ITERATION_MAPS[chain % len(ITERATION_MAPS)]](
             0.4 + 0.5 * number / max(sizes[chain], 1)
         )
-    if kind == ITERATIONS:
-        return colormaps[ITERATION_MAPS[chain % len(ITERATION_MAPS)]](0.7)
     return FIXED[kind]
 
 
@@ -338,8 +333,9 @@ def _legend(figure: Figure, pictures: tuple[_Picture, _Picture]) -> None:
                 entries[f"chain {chain + 1}, block by block"] = _colour(
                     (kind, chain, picture.sizes[chain] // 2), picture.sizes
                 )
-            elif kind in ("iteration", ITERATIONS):
-                entries[f"iterations of chain {chain + 1}"] = _colour((ITERATIONS, chain, 0), picture.sizes)
+            elif kind == "iteration":
+                middle = (kind, chain, (picture.sizes[chain] + 1) // 2)
+                entries[f"iterations of chain {chain + 1}"] = _colour(middle, picture.sizes)
             else:
                 entries[kind] = _colour(role, picture.sizes)
     if any(picture.stacked for picture in pictures):

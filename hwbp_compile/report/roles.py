@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
 
 from ..options import Options
 from ..passes.linear import linear_part
-from ..passes.linear_ops import is_heavy, op_name
 from ..passes.pipeline import Outcome
+from ..stage import RESIDUAL, stage_of
 
 STACKING = "stacking"
 """Saved values put into one tensor for all blocks."""
-RESIDUAL = "residual path"
-"""The start of the iteration: the gradient that crosses no block."""
-ITERATIONS = "iterations"
-"""All iterations, where they cannot be told apart."""
-INSIDE = "inside groups"
-"""The exact sweep from the states between groups to those inside of them."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,21 @@ def roles_of(outcomes: Mapping[int, Outcome], options: Options, after: Graph) ->
             for node in block.nodes:
                 roles.blocks[node.name] = (number, len(blocks) - 1 - position)
         new = [n for n in outcome.new if n in alive]
-        moving = [n for n in new if n in dependent]
-        roles.schedule.update({n.name: (number, STACKING) for n in new if n not in dependent})
-        iterations = effective_iterations(options, len(blocks))
-        for node, role in zip(
-            moving, _iteration_of_each(moving, iterations, options.group_size), strict=True
-        ):
-            roles.schedule[node.name] = (number, role)
+        for node in new:
+            roles.schedule[node.name] = (number, _role(node, dependent))
     return roles
+
+
+def _role(node: Node, dependent: Collection[Node]) -> str | int:
+    """A stage, or stacking; what only takes a stage's result apart counts to that stage."""
+    if node not in dependent:
+        return STACKING
+    while (found := stage_of(node)) is None:
+        operands = [n for n in node.all_input_nodes if n in dependent]
+        if not operands:
+            return RESIDUAL
+        node = operands[0]
+    return found
 
 
 def effective_iterations(options: Options, blocks: int) -> int:
@@ -59,39 +60,3 @@ def effective_iterations(options: Options, blocks: int) -> int:
         return 0
     groups = -(-max(blocks - options.exact_tail, 0) // options.group_size)
     return min(options.iterations, groups)
-
-
-def _iteration_of_each(nodes: Sequence[Node], iterations: int, group_size: int) -> list[str | int]:
-    """The role of each node of a schedule, in the order in which the solver was traced.
-
-    Every iteration has the same heavy operators, so counting them tells where one ends.
-    """
-    heavy = [i for i, node in enumerate(nodes) if is_heavy(node)]
-    steps = iterations * group_size + group_size - 1
-    per_step, rest = divmod(len(heavy), steps) if steps else (0, 0)
-    if per_step == 0:
-        return [RESIDUAL] * len(nodes)
-    if rest:
-        return [RESIDUAL if i < heavy[0] else ITERATIONS for i in range(len(nodes))]
-    size = per_step * group_size
-    starts = [heavy[t * size] for t in range(iterations)]
-    if iterations > 1:
-        # Every iteration has the same nodes too, so the last one's end tells what comes before a heavy one.
-        length = starts[1] - starts[0]
-        first = _without_rows(nodes) - iterations * length
-        if group_size == 1 and 0 <= first <= starts[0]:
-            starts = [first + t * length for t in range(iterations)]
-    roles: list[str | int] = []
-    for i in range(len(nodes)):
-        number = sum(start <= i for start in starts)
-        inside = group_size > 1 and i >= heavy[iterations * size]
-        roles.append(INSIDE if inside else number or RESIDUAL)
-    return roles
-
-
-def _without_rows(nodes: Sequence[Node]) -> int:
-    """Where the last operators begin, which only take the result apart."""
-    end = len(nodes)
-    while end and op_name(nodes[end - 1]) in ("getitem", "aten::select", "aten::squeeze", "aten::unbind"):
-        end -= 1
-    return end

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..residual import ResidualPath, add, add_values
 from ..scan.path import scan_path
+from ..stage import INSIDE, RESIDUAL, stage
 from ..system import State, System
 from .group import GroupedSystem
 
@@ -49,7 +50,9 @@ def solve(
         return tuple(torch.cat([a, b[1:]]) for a, b in zip(w, tail, strict=True))
     if group_size > 1:
         grouped = GroupedSystem(system, group_size)
-        return grouped.expand(iterate(grouped, iterations, gamma))
+        w = iterate(grouped, iterations, gamma)
+        with stage(INSIDE):
+            return grouped.expand(w)
     return iterate(system, iterations, gamma)
 
 
@@ -59,16 +62,17 @@ def iterate(system: System, iterations: int, gamma: float) -> State:
     residual = system.residual
     kept, dropped, order = residual.split_triangular()
     kept, moved = kept.scaled(1.0 - gamma), _sum_paths(kept.scaled(gamma), dropped)
-    w = scan_path(kept, order, system.first, system.later, blocks)
-    everything = range(blocks)
-    for _ in range(min(iterations, blocks)):
-        rows = tuple(c[:-1] for c in w)
-        v = system.block_vjp(rows, everything)
-        terms = tuple(
-            add_values(add_values(block, path), direct)
-            for block, path, direct in zip(v, moved.apply(rows), system.later, strict=True)
-        )
-        w = scan_path(kept, order, system.first, terms, blocks)
+    with stage(RESIDUAL):
+        w = scan_path(kept, order, system.first, system.later, blocks)
+    for number in range(1, min(iterations, blocks) + 1):
+        with stage(number):
+            rows = tuple(c[:-1] for c in w)
+            v = system.block_vjp(rows, range(blocks))
+            terms = tuple(
+                add_values(add_values(block, path), direct)
+                for block, path, direct in zip(v, moved.apply(rows), system.later, strict=True)
+            )
+            w = scan_path(kept, order, system.first, terms, blocks)
     return w
 
 

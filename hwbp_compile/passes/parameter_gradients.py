@@ -1,0 +1,308 @@
+"""Gradients that hang on the blocks of a chain, those of the parameters above all, for all blocks at once.
+
+They are no part of the iteration: each is computed once, from the last cotangents. Left as they are they are
+right, but there are as many small products as there are layers. Here gradients of the same structure, one
+from each of several blocks, are found and computed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from ..chain import Chain
+from ..system import State
+from .batch import Stacked, batched_call
+from .classes import value_text
+from .linear import LinearPart
+from .linear_ops import nodes_in, op_name
+from .rows import gather
+from .same_value import SameValue
+
+Column = tuple[Node, ...]
+"""Corresponding nodes of several blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientGroup:
+    """One gradient of each of several blocks, all computed by the same operators."""
+
+    members: tuple[int, ...]
+    """Positions of the blocks in the chain."""
+    nodes: Column
+    summed: bool = False
+    """Whether only their sum is used, as for a weight that the blocks share."""
+
+
+class Owners:
+    """Which block each gradient belongs to: it depends on the tangents only through that block's values."""
+
+    def __init__(self, chain: Chain, part: LinearPart, taken: set[Node]) -> None:
+        self.order = part.order
+        self.entries: dict[Node, tuple[int, int]] = {
+            node: (p, i) for p, block in enumerate(chain.blocks) for i, node in enumerate(block.entry)
+        }
+        self.of: dict[Node, int] = {node: p for node, (p, _) in self.entries.items()}
+        for p, block in enumerate(chain.blocks):
+            self.of.update((node, p) for node in block.nodes if node not in block.exit)
+        for node in part.order:
+            if node in self.of or node in taken:
+                continue
+            owners = {self.of.get(n) for n in part.dag.predecessors(node)}
+            if len(owners) == 1 and (owner := owners.pop()) is not None:
+                self.of[node] = owner
+        self._taken = taken
+
+    def leaving(self) -> Iterator[tuple[Node, int]]:
+        """Gradients that something outside of their block reads, with the block; in graph order by block."""
+        for node, p in self.of.items():
+            if self.is_gradient(node) and any(
+                self.of.get(user) != p and user not in self._taken for user in node.users
+            ):
+                yield node, p
+
+    def is_gradient(self, node: Node) -> bool:
+        """Whether a node is a block's own tensor, computed by it."""
+        return node in self.of and node not in self.entries and isinstance(node.meta.get("val"), Tensor)
+
+
+def find_groups(chain: Chain, part: LinearPart, taken: set[Node]) -> tuple[Owners, list[GradientGroup]]:
+    """Gradients that hang on two blocks or more in the same way. Nothing is changed.
+
+    Where gradients differ only in how they end, such as in the place of an unrolled input that they belong
+    to, what they end in is left and the group is made of what it reads.
+    """
+    owners = Owners(chain, part, taken)
+    structure = _Structure(owners)
+    found: list[GradientGroup] = []
+    candidates = dict(owners.leaving())
+    tried: set[Node] = set()
+    while candidates:
+        tried.update(candidates)
+        alike = _alike(candidates, structure, part.order)
+        found.extend(g for g in alike if len(g.nodes) > 1)
+        alone = [n for g in alike if len(g.nodes) == 1 for n in g.nodes]
+        candidates = {
+            n: owners.of[n]
+            for node in alone
+            for n in node.all_input_nodes
+            if owners.is_gradient(n) and owners.of[n] == owners.of[node] and n not in tried
+        }
+    return owners, found
+
+
+def _alike(
+    candidates: dict[Node, int], structure: Callable[[Node], int], order: dict[Node, int]
+) -> list[GradientGroup]:
+    """All candidates in groups of one structure, at most one of each block."""
+    groups: dict[tuple[int, int], dict[int, Node]] = {}
+    seen: dict[tuple[int, int], int] = {}
+    for node in sorted(candidates, key=order.__getitem__):
+        kind, p = structure(node), candidates[node]
+        # Two weights of one block may be alike: the first belongs with the other blocks' first.
+        occurrence = seen[kind, p] = seen.get((kind, p), 0) + 1
+        groups.setdefault((kind, occurrence), {})[p] = node
+    found = []
+    for group in groups.values():
+        members = tuple(sorted(group))
+        nodes = tuple(group[p] for p in members)
+        found.append(GradientGroup(members, nodes, _only_summed(nodes)))
+    return found
+
+
+class _Structure:
+    """Numbers nodes by what computes them from their block's entry: equal if one program serves both."""
+
+    def __init__(self, owners: Owners) -> None:
+        self._owners = owners
+        self._numbers: dict[Node, int] = {}
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def __call__(self, root: Node) -> int:
+        owner = self._owners.of[root]
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            inner = [n for n in self._inside(node, owner) if n not in self._numbers]
+            if inner:
+                stack.extend(inner)
+                continue
+            stack.pop()
+            self._numbers[node] = self._known.setdefault(self._key(node, owner), len(self._known))
+        return self._numbers[root]
+
+    def _inside(self, node: Node, owner: int) -> list[Node]:
+        if node in self._owners.entries:
+            return []
+        return [n for n in node.all_input_nodes if self._owners.of.get(n) == owner]
+
+    def _key(self, node: Node, owner: int) -> tuple[Any, ...]:
+        if node in self._owners.entries:
+            return ("entry", self._owners.entries[node][1])
+
+        def name(n: Node) -> Any:
+            return f"#{self._numbers[n]}" if self._owners.of.get(n) == owner else f"({value_text(n)})"
+
+        arguments = str(map_arg((node.args, node.kwargs), name))
+        return (str(node.target), arguments, value_text(node))
+
+
+def _only_summed(nodes: Column) -> bool:
+    """Whether all of them are nothing but terms of one plain sum."""
+    roots = set()
+    for node in nodes:
+        end = node
+        while (user := _plain_addition(end)) is not None:
+            end = user
+        roots.add(end)
+    return len(roots) == 1 and roots.isdisjoint(nodes)
+
+
+def _plain_addition(node: Node) -> Node | None:
+    """The only user of a node, if that adds another tensor of the same shape and dtype to it."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if op_name(user) != "aten::add" or user.kwargs or len(user.all_input_nodes) != 2 or len(user.args) != 2:
+        return None
+    text = value_text(node)
+    return user if all(value_text(n) == text for n in (user, *user.all_input_nodes)) else None
+
+
+class GradientProgram:
+    """Evaluates groups of gradients from the last cotangents.
+
+    Args:
+        owners: which nodes are the blocks' own.
+        groups: all that will be asked for.
+        value: the value of any node that is not.
+        w: the cotangents of all states, stacked ``[blocks + 1, ...]`` per component.
+    """
+
+    def __init__(
+        self, owners: Owners, groups: list[GradientGroup], value: Callable[[Node], Any], w: State
+    ) -> None:
+        self._owners = owners
+        self._value = value
+        self._w = w
+        self._members: tuple[int, ...] = ()
+        self._values: dict[Column, Any] = {}
+        self._used = _ancestors(owners, groups)
+        self._same = SameValue()
+
+    def __call__(self, group: GradientGroup) -> Any:
+        """The gradients, ``Stacked``, or their sum, a tensor.
+
+        Raises:
+            CannotRewrite: an operator cannot be batched.
+        """
+        self._members = group.members
+        return self._sum(group.nodes) if group.summed else self._column(group.nodes)
+
+    def _column(self, column: Column) -> Any:
+        stack = [column]
+        while stack:
+            waiting = [c for c in self._operands(stack[-1]) if c not in self._values]
+            if waiting:
+                stack.extend(waiting)
+                continue
+            top = stack.pop()
+            if top not in self._values:
+                self._values[top] = self._evaluate(top)
+        return self._values[column]
+
+    def _is_inside(self, column: Column) -> bool:
+        """Whether each of these nodes is its block's own."""
+        return all(self._owners.of.get(n) == p for n, p in zip(column, self._members, strict=True))
+
+    def _operands(self, column: Column) -> list[Column]:
+        if column[0] in self._owners.entries or not self._is_inside(column):
+            return []
+        return list(zip(*(nodes_in((n.args, n.kwargs)) for n in column), strict=True))
+
+    def _evaluate(self, column: Column) -> Any:
+        if not self._is_inside(column):
+            return self._outer(column)
+        if column[0] in self._owners.entries:
+            component = self._owners.entries[column[0]][1]
+            return Stacked(gather(self._w[component], [self._owners.of[n] for n in column]))
+        return self._call(column, [self._values[c] for c in self._operands(column)])
+
+    def _call(self, column: Column, operands: list[Any]) -> Any:
+        node = column[0]
+        values = iter(operands)
+        args, kwargs = pytree.tree_map_only(Node, lambda _: next(values), (node.args, node.kwargs))
+        if op_name(node) == "getitem":
+            return args[0][args[1]]
+        if op_name(node) == "aten::convolution_backward":
+            used = {user.args[1] for user in node.users if user in self._used}
+            args = (*args[:10], [i in used for i in range(3)])
+        return batched_call(node.target, args, kwargs, len(column), node)
+
+    def _outer(self, column: Column) -> Any:
+        nodes = [self._same(n) for n in column]
+        first = self._value(nodes[0])
+        if all(n is nodes[0] for n in nodes) or not isinstance(first, Tensor):
+            return first
+        return Stacked(torch.stack([self._value(n) for n in nodes]))
+
+    def _sum(self, column: Column) -> Any:
+        """The sum over the blocks, taken as early as possible: a product sums without storing its terms."""
+        name = op_name(column[0])
+        operands = self._operands(column)
+        if name in _COMMUTE and operands and self._is_inside(operands[0]):
+            return self._call(column, [self._sum(operands[0]), *map(self._column, operands[1:])])
+        if name == "aten::mm":
+            a, b = map(self._column, operands)
+            if isinstance(a, Stacked) and isinstance(b, Stacked):
+                left = a.value.permute(1, 0, 2).flatten(1, 2)
+                return torch.ops.aten.mm.default(left, b.value.flatten(0, 1))
+        return self._column(column).value.sum(0)
+
+
+_COMMUTE = {
+    f"aten::{n}" for n in ("view", "_unsafe_view", "reshape", "permute", "t", "transpose", "clone", "alias")
+}
+
+
+def _ancestors(owners: Owners, groups: list[GradientGroup]) -> set[Node]:
+    """The gradients and all that their own blocks compute for them."""
+    seen = {node for group in groups for node in group.nodes}
+    stack = list(seen)
+    while stack:
+        node = stack.pop()
+        if node in owners.entries:
+            continue
+        for n in node.all_input_nodes:
+            if n not in seen and owners.of.get(n) == owners.of[node]:
+                seen.add(n)
+                stack.append(n)
+    return seen
+
+
+def read_by(owners: Owners, groups: list[GradientGroup]) -> dict[Node, None]:
+    """What the groups read from outside of their blocks, in order."""
+    found: dict[Node, None] = {}
+    nodes = _ancestors(owners, groups)
+    for node in sorted((n for n in nodes if n not in owners.entries), key=owners.order.__getitem__):
+        for operand in node.all_input_nodes:
+            if owners.of.get(operand) != owners.of[node]:
+                found.setdefault(operand)
+    return found
+
+
+def keep_one_term(graph: Graph, group: GradientGroup, renamed: dict[Node, Node]) -> None:
+    """Take all nodes of a summed group but the first out of the sum that they end in."""
+    for node in group.nodes[1:]:
+        (addition,) = node.users
+        (other,) = (n for n in addition.all_input_nodes if n is not node)
+        addition.replace_all_uses_with(other)
+        renamed[addition] = other
+        graph.erase_node(addition)
