@@ -43,6 +43,29 @@ def trace(function: Callable[..., Any], fake_inputs: Sequence[Any]) -> fx.GraphM
         return make_fx(function, decomposition_table=dict(decompositions()))(*fake_inputs)
 
 
+def trace_shapes(
+    function: Callable[..., Any], differentiable: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
+) -> fx.GraphModule:
+    """Trace ``function`` on tensors like these, apart from whatever is being traced around the call.
+
+    The first ones require a gradient.
+    """
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    mode = detect_fake_mode(list(differentiable)) or FakeTensorMode()
+    shapes = [(tuple(x.shape), x.dtype, x.device) for x in (*differentiable, *others)]
+    with _disable_current_modes(), mode:
+        values = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
+        for value in values[: len(differentiable)]:
+            value.requires_grad_()
+        traced = make_fx(function, decomposition_table=dict(decompositions()))(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
 def nodes_being_traced() -> list[fx.Node]:
     """The nodes so far of the graph that :func:`trace` is making; none outside of it."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -193,6 +216,69 @@ def _compose(user_passes: tuple[Any, ...], graph_pass: GraphPass) -> Any:
             return None if None in ids else (*ids, graph_pass.uuid())
 
     return Composed()
+
+
+def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[..., Any]]) -> None:
+    """Have Dynamo trace recurrent modules where the backend has the attribute ``mark``, and only there.
+
+    It refuses them because the library functions they call would be unrolled over time. There, the functions
+    are replaced; where a sequence is packed, the graph breaks and the function runs as it is.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.exc import unimplemented
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    def marked(tx: Any) -> bool:
+        backend = tx.output.compiler_fn
+        while backend is not None and not hasattr(backend, mark):
+            inner = getattr(backend, "compiler_fn", None) or getattr(
+                backend, "_torchdynamo_orig_backend", None
+            )
+            backend = None if inner is backend else inner
+        return backend is not None
+
+    def handler(replacement: Callable[..., Any]) -> Callable[..., Any]:
+        def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+            if not marked(tx):
+                return None
+            if len(args) < 4 or not args[3].is_python_constant():
+                unimplemented(
+                    gb_type="Packed sequence in a recurrent module",
+                    context=str(self.value),
+                    explanation="A packed sequence runs as it is, with its exact gradient.",
+                    hints=["Pad the sequences, and mask the loss, to have the highway backend take part."],
+                )
+            return VariableTracker.build(tx, replacement).call_function(tx, list(args), kwargs)
+
+        return handle
+
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+    handlers.update({function: handler(replacement) for function, replacement in replacements.items()})
+    original = VariableBuilder._wrap
+    if hasattr(original, mark):
+        return
+
+    def wrap(self: Any, value: Any) -> Any:
+        if isinstance(value, torch.nn.RNNBase) and not config.allow_rnn and marked(self.tx):
+            with config.patch(allow_rnn=True):
+                return original(self, value)
+        return original(self, value)
+
+    setattr(wrap, mark, True)
+    VariableBuilder._wrap = wrap  # type: ignore[method-assign]
+
+
+def load_cpp_kernel(argument_types: Sequence[str], source: str) -> Callable[..., None]:
+    """Compile a C++ function ``kernel`` as Inductor compiles its own, into the same cache.
+
+    Pointers are passed as tensors. Whatever goes wrong with the compiler is raised.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    loaded: Callable[..., None] = CppPythonBindingsCodeCache.load_pybinding(list(argument_types), source)
+    return loaded
 
 
 def inductor_options() -> dict[str, Any]:

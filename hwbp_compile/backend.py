@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 from . import _compat
 from .options import Options, parse_options
 from .passes.pipeline import rewrite
+from .recurrent.capture import MARK, install, settle
 from .report.log import log_record
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,13 @@ def highway(
         OptionError: an option has a wrong name, type or value.
     """
     ours, inductor = parse_options(options, mode)
+    settle(gm, ours)
     compiler = _compat.compile_op_by_op if ours.codegen == "eager" else _compat.compile_with_inductor
     return compiler(gm, example_inputs, inductor, HighwayPass(ours))
+
+
+setattr(highway, MARK, True)
+install()
 
 
 class HighwayPass:

@@ -77,9 +77,8 @@ class ResidualPath:
         """``factor * K``; exactly zero when the factor is."""
         return self.map(lambda e: None if factor == 0.0 else multiply(float(factor), e))
 
-    def rows(self, blocks: range) -> ResidualPath:
+    def rows(self, index: slice) -> ResidualPath:
         """The coefficients of some of the blocks."""
-        index = slice(blocks.start, blocks.stop, blocks.step)
         return self.map(lambda e: e[index] if isinstance(e, Tensor) else e)
 
     def compose(self, inner: ResidualPath) -> ResidualPath:

@@ -12,13 +12,37 @@ of tensors: one for most models, the pair (cell, hidden) for an LSTM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .residual import ResidualPath
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Every ``step``-th block from ``start`` to before ``stop``: a ``range`` whose ends may be symbolic."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return (self.stop - self.start + self.step - 1) // self.step
+
+    @property
+    def index(self) -> slice:
+        """To take them from a stack of all blocks."""
+        return slice(self.start, self.stop, self.step)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop, self.step))
+
 
 State = tuple[Tensor, ...]
 """One tensor per component. *Stacked* states have the block as their first dimension."""
@@ -47,7 +71,7 @@ class System(Protocol):
         """``K``: coefficients stacked over the ``L`` blocks."""
         ...
 
-    def block_vjp(self, w: State, blocks: range) -> State:
+    def block_vjp(self, w: State, blocks: Rows) -> State:
         """``J_p w[p]`` for each ``p`` in ``blocks``, all at once: the paper's ``v``.
 
         ``w`` holds the rows of ``blocks`` only.
@@ -82,7 +106,7 @@ class ReferenceSystem:
         """The number of blocks."""
         return len(self._vjps)
 
-    def block_vjp(self, w: State, blocks: range) -> State:
+    def block_vjp(self, w: State, blocks: Rows) -> State:
         """``J_p w[p]`` for each block, one after the other."""
         rows = [self._vjps[p](tuple(c[i] for c in w)) for i, p in enumerate(blocks)]
         return tuple(torch.stack(component) for component in zip(*rows, strict=True))

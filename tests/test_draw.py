@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import networkx as nx
 import pytest
 import torch
-from torch import Tensor, nn
+from explained_models import Mlp
 
 from hwbp_compile import explain
 from hwbp_compile.report.draw import OUTSIDE, _picture
@@ -24,33 +24,9 @@ from hwbp_compile.stage import GRADIENTS, INSIDE, RESIDUAL, stage_of
 BLOCKS = 8
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, width)
-        self.down = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self, blocks: int = BLOCKS, width: int = 8) -> None:
-        super().__init__()
-        self.embed = nn.Linear(width, width)
-        self.h = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.head = nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.h:
-            x = block(x)
-        return self.head(x)
-
-
 @pytest.fixture(scope="module")
 def explanation() -> Explanation:
-    return explain(Stack(), torch.randn(2, 8), options={"iterations": 2})
+    return explain(Mlp(BLOCKS), torch.randn(2, 8), options={"iterations": 2})
 
 
 def kinds(explanation: Explanation, *, rewritten: bool) -> set[Any]:
@@ -79,7 +55,7 @@ def test_what_is_told_apart(explanation: Explanation) -> None:
 
 
 def test_every_iteration_has_the_same_operators() -> None:
-    explanation = explain(Stack(), torch.randn(2, 8), options={"iterations": 3})
+    explanation = explain(Mlp(BLOCKS), torch.randn(2, 8), options={"iterations": 3})
     graph = explanation.graphs[0]
     targets: dict[Any, list[str]] = {}
     for node in graph.after_module.graph.nodes:
@@ -90,12 +66,12 @@ def test_every_iteration_has_the_same_operators() -> None:
 
 
 def test_groups_end_with_a_sweep_inside() -> None:
-    explanation = explain(Stack(6), torch.randn(2, 8), options={"iterations": 2, "group_size": 2})
+    explanation = explain(Mlp(6), torch.randn(2, 8), options={"iterations": 2, "group_size": 2})
     assert kinds(explanation, rewritten=True) >= {("iteration", 1), ("iteration", 2), INSIDE}
 
 
 def test_a_chain_that_stays_exact_is_drawn_by_block_twice() -> None:
-    explanation = explain(Stack(3), torch.randn(2, 8))
+    explanation = explain(Mlp(3), torch.randn(2, 8))
     assert kinds(explanation, rewritten=True) == kinds(explanation, rewritten=False)
     assert ("block", 2) in kinds(explanation, rewritten=True)
 
@@ -136,7 +112,7 @@ def test_mistakes(explanation: Explanation, tmp_path: Path) -> None:
         explanation.draw(tmp_path / "a.pdf")
     with pytest.raises(ValueError, match="no graph 3"):
         explanation.draw(tmp_path / "a.svg", graph=3)
-    frozen = explain(Stack(2).requires_grad_(False), torch.randn(2, 8))
+    frozen = explain(Mlp(2).requires_grad_(False), torch.randn(2, 8))
     with pytest.raises(ValueError, match="no backward pass"):
         frozen.draw(tmp_path / "a.svg")
     assert not list(tmp_path.iterdir())
@@ -159,7 +135,7 @@ def test_without_matplotlib(
 
 @pytest.mark.slow
 def test_thousands_of_nodes(tmp_path: Path) -> None:
-    explanation = explain(Stack(160), torch.randn(2, 8))
+    explanation = explain(Mlp(160), torch.randn(2, 8))
     assert explanation.graphs[0].nodes_before > 3000
     start = time.perf_counter()
     explanation.draw(tmp_path / "a.svg")

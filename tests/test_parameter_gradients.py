@@ -139,16 +139,16 @@ def test_an_operator_that_cannot_be_batched_leaves_only_its_gradients_one_by_one
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from hwbp_compile.errors import CannotRewrite
-    from hwbp_compile.passes import parameter_gradients
+    from hwbp_compile.passes import replay
 
-    original = parameter_gradients.batched_call
+    original = replay.batched_call
 
     def refuse(target, args, kwargs, blocks, node):  # type: ignore[no-untyped-def]
         if is_heavy(node):
             raise CannotRewrite("unsupported operator", node)
         return original(target, args, kwargs, blocks, node)
 
-    monkeypatch.setattr(parameter_gradients, "batched_call", refuse)
+    monkeypatch.setattr(replay, "batched_call", refuse)
     torch.manual_seed(0)
     case = float64(FAMILIES["residual_mlp"](Size(depth=5)))
     record = check(case)

@@ -6,48 +6,146 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from hwbp_compile import _compat
 from hwbp_compile.residual import ResidualPath
-from hwbp_compile.scan import linear_scan, scan_path
+from hwbp_compile.scan import cpp, linear_scan, loop, scan_path
 from hwbp_compile.scan.naive import linear_scan_naive
 
 dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+IMPLEMENTATIONS = {
+    "kernel": linear_scan,
+    "loop": lambda v, a, initial=None, reverse=False: loop.linear_scan(v, a, initial, reverse),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", dtypes)
 @given(
     length=st.integers(0, 9),
-    width=st.integers(0, 4),
+    width=st.integers(0, 70),
     initial=st.booleans(),
     scalar=st.booleans(),
-    strided=st.booleans(),
+    layout=st.sampled_from(["contiguous", "transposed", "every other row", "every other column"]),
+    reverse=st.booleans(),
 )
 def test_against_the_definition(
-    dtype: torch.dtype, length: int, width: int, initial: bool, scalar: bool, strided: bool
+    implementation: str,
+    dtype: torch.dtype,
+    length: int,
+    width: int,
+    initial: bool,
+    scalar: bool,
+    layout: str,
+    reverse: bool,
 ) -> None:
-    v = torch.randn(width, length).to(dtype).t() if strided else torch.randn(length, width).to(dtype)
-    a = torch.rand(length, 1 if scalar else width).to(dtype)
+    def rows(width: int) -> Tensor:
+        if layout == "transposed":
+            return torch.rand(width, length).to(dtype).t()
+        if layout == "every other row":
+            return torch.rand(2 * length, width).to(dtype)[::2]
+        if layout == "every other column":
+            return torch.rand(length, 2 * width).to(dtype)[:, ::2]
+        return torch.rand(length, width).to(dtype)
+
+    v, a = rows(width) - 0.5, rows(1 if scalar else width)
     start = torch.randn(width).to(dtype) if initial else None
-    found, expected = linear_scan(v, a, start), linear_scan_naive(v, a, start)
+    found = IMPLEMENTATIONS[implementation](v, a, start, reverse)
+    expected = linear_scan_naive(v, a, start, reverse)
     assert found.dtype == dtype
     assert found.shape == v.shape
+    assert found.is_contiguous()
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-2)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_half_precision_accumulates_in_single() -> None:
+@pytest.mark.parametrize("shape", [(7, 3, 5), (7, 5000), (3, 2, 1, 4), (5,)])
+@pytest.mark.parametrize("coefficient", ["full", "row", "all", "last"])
+def test_shapes_of_the_coefficients(shape: tuple[int, ...], coefficient: str) -> None:
+    v = torch.randn(shape, dtype=torch.float64)
+    ones = (1,) * (len(shape) - 1)
+    a = {
+        "full": torch.rand(shape, dtype=torch.float64),
+        "row": torch.rand(shape[0], *ones, dtype=torch.float64),
+        "all": torch.rand(1, *ones, dtype=torch.float64).expand(shape[0], *ones),
+        "last": torch.rand(shape[0], *ones, dtype=torch.float64)
+        if len(shape) == 1
+        else torch.rand(shape[0], *ones[:-1], shape[-1], dtype=torch.float64),
+    }[coefficient]
+    torch.testing.assert_close(linear_scan(v, a), linear_scan_naive(v, a))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    v, a = torch.randn(6, 6001), torch.rand(6, 6001)
+    try:
+        torch.set_num_threads(threads)
+        torch.testing.assert_close(linear_scan(v, a), linear_scan_naive(v, a))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_accumulates_in_single(implementation: str) -> None:
     v, a = torch.full((4096, 1), 1e-3, dtype=torch.bfloat16), torch.ones(4096, 1, dtype=torch.bfloat16)
-    assert abs(float(linear_scan(v, a)[-1]) / (4096 * float(v[0])) - 1) < 0.01
+    u = IMPLEMENTATIONS[implementation](v, a)
+    assert abs(float(u[-1]) / (4096 * float(v[0])) - 1) < 0.01
 
 
+def test_a_very_long_scan() -> None:
+    """More rows than any stack of frames or any 32-bit offset times a width would allow by accident."""
+    u = linear_scan(torch.ones(3_000_000, 2, dtype=torch.float64), torch.full((3_000_000, 1), 0.5).double())
+    torch.testing.assert_close(u[-1], torch.full((2,), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("initial", [False, True])
-def test_operator_checks(initial: bool) -> None:
-    start = torch.randn(3) if initial else None
-    torch.library.opcheck(
-        torch.ops.hwbp_compile.linear_scan.default,
-        (torch.randn(5, 3), torch.rand(5, 1), start),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+@pytest.mark.parametrize("width", [1, 3])
+def test_gradients(initial: bool, reverse: bool, width: int) -> None:
+    v = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.rand(5, width, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(3, dtype=torch.float64, requires_grad=True) if initial else None
+    inputs = (v, a, start, reverse)
+    assert torch.autograd.gradcheck(linear_scan, inputs)
+    assert torch.autograd.gradgradcheck(linear_scan, inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("initial", [False, True])
+def test_operator_checks(initial: bool, reverse: bool) -> None:
+    start = torch.randn(3, requires_grad=True) if initial else None
+    v, a = torch.randn(5, 3, requires_grad=True), torch.rand(5, 1, requires_grad=True)
+    torch.library.opcheck(torch.ops.hwbp_compile.linear_scan.default, (v, a, start, reverse))
+
+
+def test_operands_that_do_not_fit() -> None:
+    v = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="number of dimensions"):
+        linear_scan(v, torch.rand(4))
+    with pytest.raises(ValueError, match="one floating-point dtype"):
+        linear_scan(v, torch.rand(4, 3).double())
+    with pytest.raises(ValueError, match="one floating-point dtype"):
+        linear_scan(v.int(), torch.ones(4, 3).int())
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(_compat, "load_cpp_kernel", broken)
+    cpp.kernel.cache_clear()
+    try:
+        v, a = torch.randn(6, 3), torch.rand(6, 3)
+        torch.testing.assert_close(linear_scan(v, a), linear_scan_naive(v, a))
+        linear_scan(v, a)
+    finally:
+        cpp.kernel.cache_clear()
+    assert [r for r in caplog.records if "slow loop" in r.message and "no compiler here" in r.message]
+    assert len(caplog.records) == 1, "said once"
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 0.5, None, "tensor"])

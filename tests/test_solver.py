@@ -133,9 +133,7 @@ def test_fixed_point_iteration_ignores_the_residual_path() -> None:
 
 def test_sweep_is_exact_backpropagation() -> None:
     system, full = dense_system(6, 3, 2, True, True)
-    for found, expected in zip(
-        sweep(system, system.first, range(6)), solve_densely(system, full), strict=True
-    ):
+    for found, expected in zip(sweep(system, system.first, 0, 6), solve_densely(system, full), strict=True):
         torch.testing.assert_close(found, expected)
 
 

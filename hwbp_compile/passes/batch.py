@@ -113,3 +113,8 @@ def align(value: Tensor, rank: int) -> Tensor:
 def stacked(value: Any, blocks: int) -> Tensor:
     """The rows of a value; one that all blocks share is expanded."""
     return value.value if isinstance(value, Stacked) else value.unsqueeze(0).expand(blocks, *value.shape)
+
+
+def rows_of(value: Any, like: Tensor, blocks: int) -> Tensor:
+    """The rows of a cotangent or a coefficient, where None is zero; ``like`` is one row."""
+    return like.new_zeros((blocks, *like.shape)) if value is None else stacked(value, blocks)

@@ -120,3 +120,14 @@ def _mm(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int)
         rows = a.value.shape[1]
         return Stacked(aten.mm.default(a.value.flatten(0, 1), b).reshape(blocks, rows, b.shape[1]))
     return vmap_rule(target, args, kwargs, blocks)
+
+
+@batching_rule("addmm")
+def _addmm(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """One large product where only the left factor differs between the blocks."""
+    bias, a, b = args
+    if isinstance(a, Stacked) and not isinstance(b, Stacked) and isinstance(bias, Tensor) and bias.dim() == 1:
+        rows = a.value.shape[1]
+        out = target(bias, a.value.flatten(0, 1), b, **kwargs)
+        return Stacked(out.reshape(blocks, rows, b.shape[1]))
+    return vmap_rule(target, args, kwargs, blocks)

@@ -186,7 +186,7 @@ def _legal_chains(run: list[Block]) -> Iterator[Found]:
     legal: list[Block] = []
     for block in run:
         try:
-            _check(block)
+            check_block(block)
         except CannotRewrite as refusal:
             yield from _chain(legal)
             yield Refusal(refusal.reason, refusal.node or block.exit[0], (block,), split(block).kind)
@@ -196,7 +196,7 @@ def _legal_chains(run: list[Block]) -> Iterator[Found]:
     yield from _chain(legal)
 
 
-def _check(block: Block) -> None:
+def check_block(block: Block) -> None:
     """Raise :class:`CannotRewrite` unless a program can be made of the block."""
     inside = {*block.entry, *block.nodes}
     for node in block.nodes:

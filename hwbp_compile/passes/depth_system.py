@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from ..chain import BlockClass, Chain
 from ..residual import Coefficient, ResidualPath
-from ..system import State
-from .batch import Stacked
+from ..system import Rows, State
+from .batch import Stacked, rows_of
 from .program import BlockProgram, externals_of
 from .rows import gather, interleave
 from .split import split
@@ -36,18 +36,20 @@ class DepthSystem:
         self.residual = self._residual()
         self.later = self._later()
 
-    def block_vjp(self, w: State, blocks: range) -> State:
+    def block_vjp(self, w: State, blocks: Rows) -> State:
         """``J_p w[p]`` for all ``blocks``: one batched program for each class among them."""
+        wanted = set(blocks)
         results: list[tuple[list[int], State]] = []
         for i, each in enumerate(self._chain.classes):
-            at = [row for row, p in enumerate(blocks) if p in set(each.members)]
+            members = set(each.members)
+            at = [row for row, p in enumerate(blocks) if p in members]
             if not at:
                 continue
-            program = self._program(i, [p for p in each.members if p in blocks])
+            program = self._program(i, [p for p in each.members if p in wanted])
             rows = tuple(self._enter(gather(c, at), len(at)) for c in w)
             results.append((at, self._leave(program.block_vjp(rows), len(at))))
         return tuple(
-            interleave([(at, state[i]) for at, state in results], len(blocks)) for i in range(len(w))
+            interleave([(at, state[i]) for at, state in results], len(wanted)) for i in range(len(w))
         )
 
     def _program(self, index: int, members: list[int]) -> BlockProgram:
@@ -72,15 +74,7 @@ class DepthSystem:
         return rows.squeeze(0) if members == 1 else Stacked(rows)
 
     def _leave(self, values: tuple[Any, ...], members: int) -> State:
-        return tuple(self._rows(v, x, members) for v, x in zip(values, self.first, strict=True))
-
-    @staticmethod
-    def _rows(value: Any, like: Tensor, members: int) -> Tensor:
-        if value is None:
-            return like.new_zeros((members, *like.shape))
-        if isinstance(value, Stacked):
-            return value.value
-        return value.unsqueeze(0).expand(members, *value.shape)
+        return tuple(rows_of(v, x, members) for v, x in zip(values, self.first, strict=True))
 
     def _each_class(self, evaluate: Callable[[BlockProgram], Any]) -> list[tuple[BlockClass, Any]]:
         return [
@@ -95,7 +89,7 @@ class DepthSystem:
             if all(values[i] is None for _, values in parts):
                 out.append(None)
                 continue
-            rows = [(list(c.members), self._rows(v[i], like, len(c.members))) for c, v in parts]
+            rows = [(list(c.members), rows_of(v[i], like, len(c.members))) for c, v in parts]
             out.append(interleave(rows, self.blocks))
         return tuple(out)
 
@@ -117,6 +111,6 @@ class DepthSystem:
         def rows(entry: Any, members: int) -> Tensor:
             if isinstance(entry, float):
                 entry = torch.full_like(like, entry)
-            return self._rows(entry, like, members)
+            return rows_of(entry, like, members)
 
         return interleave([(list(c.members), rows(v[i][j], len(c.members))) for c, v in parts], self.blocks)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from ..chain import Chain
 from ..system import State
-from .batch import Stacked, batched_call
+from .batch import Stacked
 from .classes import value_text
 from .linear import LinearPart
 from .linear_ops import nodes_in, op_name
+from .replay import Replay
 from .rows import gather
 from .same_value import SameValue
 
@@ -176,7 +176,7 @@ def _plain_addition(node: Node) -> Node | None:
     return user if all(value_text(n) == text for n in (user, *user.all_input_nodes)) else None
 
 
-class GradientProgram:
+class GradientProgram(Replay[Column]):
     """Evaluates groups of gradients from the last cotangents.
 
     Args:
@@ -189,11 +189,11 @@ class GradientProgram:
     def __init__(
         self, owners: Owners, groups: list[GradientGroup], value: Callable[[Node], Any], w: State
     ) -> None:
+        super().__init__()
         self._owners = owners
-        self._value = value
+        self._outer = value
         self._w = w
-        self._members: tuple[int, ...] = ()
-        self._values: dict[Column, Any] = {}
+        self._blocks: tuple[int, ...] = ()
         self._used = _ancestors(owners, groups)
         self._same = SameValue()
 
@@ -203,73 +203,43 @@ class GradientProgram:
         Raises:
             CannotRewrite: an operator cannot be batched.
         """
-        self._members = group.members
-        return self._sum(group.nodes) if group.summed else self._column(group.nodes)
+        self._blocks = group.members
+        return self.total(group.nodes) if group.summed else self.value(group.nodes)
 
-    def _column(self, column: Column) -> Any:
-        stack = [column]
-        while stack:
-            waiting = [c for c in self._operands(stack[-1]) if c not in self._values]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            top = stack.pop()
-            if top not in self._values:
-                self._values[top] = self._evaluate(top)
-        return self._values[column]
+    def node(self, key: Column) -> Node:
+        """The first block's."""
+        return key[0]
+
+    def members(self, key: Column) -> int:
+        """One for each node."""
+        return len(key)
+
+    def operands(self, key: Column) -> list[Column]:
+        """Column by column."""
+        return list(zip(*(nodes_in((n.args, n.kwargs)) for n in key), strict=True))
+
+    def is_used(self, node: Node) -> bool:
+        """Whether a group needs it."""
+        return node in self._used
+
+    def is_leaf(self, key: Column) -> bool:
+        """Whether these are cotangents of states, or not the blocks' own."""
+        return key[0] in self._owners.entries or not self._is_inside(key)
+
+    def leaf(self, key: Column) -> Any:
+        """Cotangents of states are rows of ``w``; what differs between the blocks is stacked."""
+        if self._is_inside(key):
+            component = self._owners.entries[key[0]][1]
+            return Stacked(gather(self._w[component], list(self._blocks)))
+        nodes = [self._same(n) for n in key]
+        first = self._outer(nodes[0])
+        if all(n is nodes[0] for n in nodes) or not isinstance(first, Tensor):
+            return first
+        return Stacked(torch.stack([self._outer(n) for n in nodes]))
 
     def _is_inside(self, column: Column) -> bool:
         """Whether each of these nodes is its block's own."""
-        return all(self._owners.of.get(n) == p for n, p in zip(column, self._members, strict=True))
-
-    def _operands(self, column: Column) -> list[Column]:
-        if column[0] in self._owners.entries or not self._is_inside(column):
-            return []
-        return list(zip(*(nodes_in((n.args, n.kwargs)) for n in column), strict=True))
-
-    def _evaluate(self, column: Column) -> Any:
-        if not self._is_inside(column):
-            return self._outer(column)
-        if column[0] in self._owners.entries:
-            component = self._owners.entries[column[0]][1]
-            return Stacked(gather(self._w[component], [self._owners.of[n] for n in column]))
-        return self._call(column, [self._values[c] for c in self._operands(column)])
-
-    def _call(self, column: Column, operands: list[Any]) -> Any:
-        node = column[0]
-        values = iter(operands)
-        args, kwargs = pytree.tree_map_only(Node, lambda _: next(values), (node.args, node.kwargs))
-        if op_name(node) == "getitem":
-            return args[0][args[1]]
-        if op_name(node) == "aten::convolution_backward":
-            used = {user.args[1] for user in node.users if user in self._used}
-            args = (*args[:10], [i in used for i in range(3)])
-        return batched_call(node.target, args, kwargs, len(column), node)
-
-    def _outer(self, column: Column) -> Any:
-        nodes = [self._same(n) for n in column]
-        first = self._value(nodes[0])
-        if all(n is nodes[0] for n in nodes) or not isinstance(first, Tensor):
-            return first
-        return Stacked(torch.stack([self._value(n) for n in nodes]))
-
-    def _sum(self, column: Column) -> Any:
-        """The sum over the blocks, taken as early as possible: a product sums without storing its terms."""
-        name = op_name(column[0])
-        operands = self._operands(column)
-        if name in _COMMUTE and operands and self._is_inside(operands[0]):
-            return self._call(column, [self._sum(operands[0]), *map(self._column, operands[1:])])
-        if name == "aten::mm":
-            a, b = map(self._column, operands)
-            if isinstance(a, Stacked) and isinstance(b, Stacked):
-                left = a.value.permute(1, 0, 2).flatten(1, 2)
-                return torch.ops.aten.mm.default(left, b.value.flatten(0, 1))
-        return self._column(column).value.sum(0)
-
-
-_COMMUTE = {
-    f"aten::{n}" for n in ("view", "_unsafe_view", "reshape", "permute", "t", "transpose", "clone", "alias")
-}
+        return all(self._owners.of.get(n) == p for n, p in zip(column, self._blocks, strict=True))
 
 
 def _ancestors(owners: Owners, groups: list[GradientGroup]) -> set[Node]:

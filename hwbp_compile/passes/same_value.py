@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -45,6 +44,4 @@ class SameValue:
 
 
 def _is_cheap_copy(node: Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return op_name(node) in _CASTS or node.target.is_view
+    return node.op == "call_function" and (op_name(node) in _CASTS or getattr(node.target, "is_view", False))

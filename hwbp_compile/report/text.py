@@ -44,7 +44,14 @@ def _verdict(explanation: Explanation) -> str:
     noun = "residual chain" + "s" * (len(chains) != 1)
     if not applied:
         return f"None of {len(chains)} {noun} is rewritten; the backward pass is exact. ({settings})"
-    return f"{applied} of {len(chains)} {noun} {'are' if applied > 1 else 'is'} rewritten. ({settings})"
+    verb = "are" if applied > 1 else "is"
+    between = len(explanation.chains) - len(chains)
+    rest = (
+        ""
+        if not between
+        else f"; {between} other place{'s' * (between != 1)} stay{'s' * (between == 1)} exact"
+    )
+    return f"{applied} of {len(chains)} {noun} {verb} rewritten{rest}. ({settings})"
 
 
 def _settings(options: Options) -> str:

@@ -1,45 +1,92 @@
-"""``hwbp_compile::linear_scan``: the recurrence as one operator, so that a compiled graph stays small."""
+"""``hwbp_compile::linear_scan``: the recurrence as one operator, whatever computes it on a device."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import cpp, loop
 
-@torch.library.custom_op("hwbp_compile::linear_scan", mutates_args=())
-def linear_scan(v: Tensor, a: Tensor, initial: Tensor | None = None) -> Tensor:
+torch.library.define(
+    "hwbp_compile::linear_scan",
+    "(Tensor v, Tensor a, Tensor? initial=None, bool reverse=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def linear_scan(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
     """Return ``u`` with ``u[t] = a[t] * u[t - 1] + v[t]`` and ``u[-1] = initial`` (zero when None).
 
     This is the paper's CumSumProd: row ``t`` of the result holds the cotangent that has travelled
     along the residual path only.
 
     Args:
-        v: ``[T, ...]``, the terms to accumulate; any floating dtype.
-        a: coefficients, ``[T, ...]`` and broadcastable to ``v``.
+        v: ``[T, ...]``, the terms to accumulate; float16, bfloat16, float32 or float64.
+        a: coefficients of the same dtype, ``[T, ...]`` and broadcastable to ``v``.
         initial: ``v.shape[1:]``, the value before the first row.
+        reverse: from the last row to the first: ``u[t] = a[t] * u[t + 1] + v[t]``, ``u[T] = initial``.
 
     Returns:
-        A contiguous tensor with the shape and dtype of ``v``. Half precision is accumulated in float32.
+        A contiguous tensor with the shape and dtype of ``v``. Half precision is accumulated in float32 and
+        rounded once per element. Differentiable in all tensors.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    if v.numel() == 0:
-        return out
-    a = a.expand_as(v)
-    if v.dtype in (torch.float16, torch.bfloat16):
-        carry = torch.zeros_like(v[0], dtype=torch.float32) if initial is None else initial.float()
-        for row, coefficient, term in zip(out, a, v, strict=True):
-            carry = torch.addcmul(term.float(), coefficient.float(), carry)
-            row.copy_(carry)
-        return out
-    if initial is None:
-        out[0].copy_(v[0])
-    else:
-        torch.addcmul(v[0], a[0], initial.to(v.dtype), out=out[0])
-    for t in range(1, v.shape[0]):
-        torch.addcmul(v[t], a[t], out[t - 1], out=out[t])
-    return out
+    if v.dim() == 0 or a.dim() != v.dim():
+        raise ValueError(
+            f"linear_scan needs v and a with the same number of dimensions, at least one, but they have "
+            f"{v.dim()} and {a.dim()}."
+        )
+    tensors = [a] if initial is None else [a, initial]
+    if not v.dtype.is_floating_point or any(x.dtype != v.dtype or x.device != v.device for x in tensors):
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in (v, *tensors))
+        raise ValueError(f"linear_scan needs tensors of one floating-point dtype on one device, not {found}.")
+    result: Tensor = torch.ops.hwbp_compile.linear_scan.default(v, a, initial, reverse)
+    return result
 
 
-@linear_scan.register_fake
-def _(v: Tensor, a: Tensor, initial: Tensor | None = None) -> Tensor:
+@torch.library.impl("hwbp_compile::linear_scan", "default")
+def _anywhere(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
+    return loop.linear_scan(v, a, initial, reverse)
+
+
+@torch.library.impl("hwbp_compile::linear_scan", "cpu")
+def _cpu(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
+    kernel = cpp.kernel(v.dtype) if v.numel() else None
+    if kernel is None:
+        return loop.linear_scan(v, a, initial, reverse)
+    return cpp.linear_scan(kernel, v, a, initial, reverse)
+
+
+@torch.library.register_fake("hwbp_compile::linear_scan")
+def _fake(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, a, initial, reverse = inputs
+    ctx.save_for_backward(a, initial, output)
+    ctx.reverse = reverse
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The adjoint is the same recurrence, the other way, with coefficients moved by one row."""
+    a, initial, u = ctx.saved_tensors
+    if u.shape[0] == 0:
+        none = None if initial is None else torch.zeros_like(initial)
+        return gradient, torch.zeros_like(a), none, None
+    start = torch.zeros_like(u[:1]) if initial is None else initial.unsqueeze(0)
+    unused = torch.zeros_like(a[:1])
+    if ctx.reverse:
+        coefficients, before, first = torch.cat([unused, a[:-1]]), torch.cat([u[1:], start]), -1
+    else:
+        coefficients, before, first = torch.cat([a[1:], unused]), torch.cat([start, u[:-1]]), 0
+    s = linear_scan(gradient, coefficients, None, not ctx.reverse)
+    of_initial = None if initial is None else a[first] * s[first]
+    return s, (s * before).sum_to_size(a.shape), of_initial, None
+
+
+torch.library.register_autograd("hwbp_compile::linear_scan", _backward, setup_context=_setup)

@@ -49,5 +49,7 @@ def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blo
             # A half-precision running sum would lose what a sum of autograd's `add`s in float32 keeps.
             wide = torch.float32 if terms.dtype in (torch.float16, torch.bfloat16) else terms.dtype
             return (first.unsqueeze(0).to(wide) + torch.cumsum(terms, 0, dtype=wide)).to(terms.dtype)
-        coefficient = terms.new_full((1,) * terms.dim(), coefficient)
-    return linear_scan(terms, coefficient.to(terms.dtype).expand(shape), first)
+        coefficient = terms.new_full((1,) * terms.dim(), coefficient).expand(
+            blocks, *(1,) * (terms.dim() - 1)
+        )
+    return linear_scan(terms, coefficient.to(terms.dtype), first)

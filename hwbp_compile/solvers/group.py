@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..residual import Coefficient, ResidualPath, add_values
-from ..system import State, System
+from ..system import Rows, State, System
 
 Partial = tuple[Tensor | None, ...]
 """A stacked state in which None is zero."""
@@ -24,18 +24,18 @@ class GroupedSystem:
         self.blocks = -(-inner.blocks // size)
         self.first = inner.first
         # Per step, the blocks it visits: one of each group that is long enough.
-        self._steps = [range(j, inner.blocks, size) for j in range(min(size, inner.blocks))]
-        self._full = len(self._steps[-1])
+        self._steps = [Rows(j, inner.blocks, size) for j in range(min(size, inner.blocks))]
+        self._full = self._steps[-1].count
         self.residual = self._residual()
         self.later = self._later()
 
     def _residual(self) -> ResidualPath:
-        product = self.inner.residual.rows(self._steps[0])
+        product = self.inner.residual.rows(self._steps[0].index)
         short: ResidualPath | None = None
         for blocks in self._steps[1:]:
-            if len(blocks) < self.blocks and short is None:
-                short = product.rows(range(self.blocks - 1, self.blocks))
-            product = self.inner.residual.rows(blocks).compose(product.rows(range(len(blocks))))
+            if blocks.count < self.blocks and short is None:
+                short = product.rows(slice(self.blocks - 1, self.blocks))
+            product = self.inner.residual.rows(blocks.index).compose(product.rows(slice(0, blocks.count)))
         if short is None:
             return product
         like = self.first[0].new_ones((1,) * (self.first[0].dim() + 1))
@@ -57,25 +57,25 @@ class GroupedSystem:
         short = next(
             e
             for e, blocks in zip(reversed(ends), reversed(self._steps), strict=True)
-            if len(blocks) > self._full
+            if blocks.count > self._full
         )
         return _append_rows(
             ends[-1], tuple(None if c is None else c[-1:] for c in short), self.first, self._full
         )
 
-    def block_vjp(self, w: State, blocks: range) -> State:
+    def block_vjp(self, w: State, blocks: Rows) -> State:
         """``J w`` for all groups: the exact sweep, less what never left the residual path."""
-        if blocks != range(self.blocks):
+        if blocks.start != 0 or blocks.step != 1 or blocks.stop != self.blocks:
             raise ValueError("A GroupedSystem applies all of its groups at once.")
         path: Partial = w
         rest: Partial = (None,) * len(w)
         short: Partial | None = None
         for step in self._steps:
-            if len(step) < self.blocks and short is None:
+            if step.count < self.blocks and short is None:
                 short = tuple(None if c is None else c[-1:] for c in rest)
-            path, rest = _leading(path, len(step)), _leading(rest, len(step))
-            residual = self.inner.residual.rows(step)
-            total = _dense(_add(path, rest), self.first, len(step))
+            path, rest = _leading(path, step.count), _leading(rest, step.count)
+            residual = self.inner.residual.rows(step.index)
+            total = _dense(_add(path, rest), self.first, step.count)
             rest = _add(self.inner.block_vjp(total, step), residual.apply(rest))
             path = residual.apply(path)
         if short is not None:
@@ -86,7 +86,7 @@ class GroupedSystem:
         """From the states between groups, ``[groups + 1, ...]``, to all ``[L + 1, ...]``; exact inside."""
         inside = self._sweep(tuple(c[:-1] for c in w), self._steps[:-1])
         columns = [tuple(c[:-1] for c in w)] + [
-            _dense(_leading(state, len(blocks)), self.first, len(blocks))
+            _dense(_leading(state, blocks.count), self.first, blocks.count)
             for state, blocks in zip(inside, self._steps[1:], strict=True)
         ]
         out = []
@@ -96,16 +96,16 @@ class GroupedSystem:
             out.append(torch.cat([full, *(r[self._full :] for r in rows), component[-1:]]))
         return tuple(out)
 
-    def _sweep(self, start: Partial, steps: list[range]) -> list[Partial]:
+    def _sweep(self, start: Partial, steps: list[Rows]) -> list[Partial]:
         """Exact backpropagation from ``start`` through the steps; the states after each."""
         state, out = start, []
         for step in steps:
-            state = _leading(state, len(step))
-            direct = tuple(None if c is None else c[step.start :: step.step] for c in self.inner.later)
+            state = _leading(state, step.count)
+            direct = tuple(None if c is None else c[step.index] for c in self.inner.later)
             if any(c is not None for c in state):
-                dense = _dense(state, self.first, len(step))
+                dense = _dense(state, self.first, step.count)
                 vjp = self.inner.block_vjp(dense, step)
-                state = _add(_add(vjp, self.inner.residual.rows(step).apply(dense)), direct)
+                state = _add(_add(vjp, self.inner.residual.rows(step.index).apply(dense)), direct)
             else:
                 state = direct
             out.append(state)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..residual import ResidualPath, add, add_values
 from ..scan.path import scan_path
 from ..stage import INSIDE, RESIDUAL, stage
-from ..system import State, System
+from ..system import Rows, State, System
 from .group import GroupedSystem
 
 
@@ -42,11 +42,11 @@ def solve(
     Row ``p + 1`` is the cotangent of block ``p``'s input; row 0 is ``system.first``.
     """
     if exact_tail >= system.blocks:
-        return sweep(system, system.first, range(system.blocks))
+        return sweep(system, system.first, 0, system.blocks)
     head = system.blocks - exact_tail
     if exact_tail:
         w = solve(HeadSystem(system, head), iterations=iterations, gamma=gamma, group_size=group_size)
-        tail = sweep(system, tuple(c[-1] for c in w), range(head, system.blocks))
+        tail = sweep(system, tuple(c[-1] for c in w), head, exact_tail)
         return tuple(torch.cat([a, b[1:]]) for a, b in zip(w, tail, strict=True))
     if group_size > 1:
         grouped = GroupedSystem(system, group_size)
@@ -67,7 +67,7 @@ def iterate(system: System, iterations: int, gamma: float) -> State:
     for number in range(1, min(iterations, blocks) + 1):
         with stage(number):
             rows = tuple(c[:-1] for c in w)
-            v = system.block_vjp(rows, range(blocks))
+            v = system.block_vjp(rows, Rows(0, blocks))
             terms = tuple(
                 add_values(add_values(block, path), direct)
                 for block, path, direct in zip(v, moved.apply(rows), system.later, strict=True)
@@ -76,13 +76,13 @@ def iterate(system: System, iterations: int, gamma: float) -> State:
     return w
 
 
-def sweep(system: System, first: State, blocks: range) -> State:
-    """Exact backpropagation through ``blocks``, one after the other; rows ``[len(blocks) + 1, ...]``."""
+def sweep(system: System, first: State, start: int, count: int) -> State:
+    """Exact backpropagation through ``count`` blocks from ``start``, one by one: ``[count + 1, ...]``."""
     rows: list[State] = [first]
-    for p in blocks:
-        here = range(p, p + 1)
+    for p in (start + i for i in range(count)):
+        here = Rows(p, p + 1)
         w = tuple(c.unsqueeze(0) for c in rows[-1])
-        parts = (system.block_vjp(w, here), system.residual.rows(here).apply(w))
+        parts = (system.block_vjp(w, here), system.residual.rows(here.index).apply(w))
         direct = tuple(None if c is None else c[p : p + 1] for c in system.later)
         total = [add_values(add_values(j, k), b) for j, k, b in zip(*parts, direct, strict=True)]
         rows.append(tuple(_not_none(c).squeeze(0) for c in total))
@@ -96,7 +96,7 @@ class HeadSystem:
         self.blocks = blocks
         self.first = system.first
         self.later = tuple(None if c is None else c[:blocks] for c in system.later)
-        self.residual = system.residual.rows(range(blocks))
+        self.residual = system.residual.rows(slice(0, blocks))
         self.block_vjp = system.block_vjp
 
 

@@ -1,0 +1,1 @@
+"""Recurrent layers: chains over time, whose steps share their weights."""

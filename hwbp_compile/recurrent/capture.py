@@ -1,0 +1,115 @@
+"""``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` in a model that the highway backend compiles.
+
+Dynamo does not trace these modules. While it traces for this backend, and for no other, they are let in, and
+the library function that each of them calls is replaced by one in Python, which goes layer by layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .. import _compat
+from ..options import Options
+from .layer import EXACT, recurrent_layer
+
+log = logging.getLogger(__name__)
+
+MARK = "_hwbp_compile_recurrent"
+"""Set on the functions that Dynamo may call as a backend for which recurrent modules are let in."""
+
+
+def run_layers(
+    kind: str,
+    x: Tensor,
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """All layers and directions; arguments as ``torch.nn`` passes them on, ``carry`` stacked over the layers.
+
+    Returns the outputs and the last carry, stacked as well.
+    """
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (num_layers * directions)
+    x = x.transpose(0, 1) if batch_first else x
+    last: list[list[Tensor]] = [[] for _ in carry]
+    for layer in range(num_layers):
+        outputs = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            initial = [c[i] for c in carry]
+            source = x.flip(0) if direction else x
+            y, cell = recurrent_layer(source, initial, list(weights[i * each : (i + 1) * each]), kind, EXACT)
+            last[0].append(y[-1])
+            if kind == "lstm":
+                last[1].append(cell)
+            outputs.append(y.flip(0) if direction else y)
+        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        if dropout and layer < num_layers - 1:
+            x = F.dropout(x, dropout, training)
+    return (x.transpose(0, 1) if batch_first else x), [torch.stack(c) for c in last]
+
+
+def _one_state(kind: str) -> Any:
+    def replacement(
+        x: Tensor, h: Tensor, weights: Sequence[Tensor], biases: bool, *settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        y, (last,) = run_layers(kind, x, (h,), weights, *settings)
+        return y, last
+
+    return replacement
+
+
+def _lstm(
+    x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], biases: bool, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, (h, c) = run_layers("lstm", x, carry, weights, *settings)
+    return y, h, c
+
+
+def install() -> None:
+    """Let recurrent modules in, from now on, where the backend carries :data:`MARK`."""
+    replacements = {getattr(torch._VF, kind): _one_state(kind) for kind in ("gru", "rnn_tanh", "rnn_relu")}
+    replacements[torch._VF.lstm] = _lstm
+    _compat.let_recurrent_modules_in(MARK, replacements)
+
+
+def settle(gm: GraphModule, options: Options) -> None:
+    """Write the options in force into the recurrent layers of a graph that Dynamo made."""
+    target = torch.ops.hwbp_compile.recurrent_layer.default
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target is target:
+                _settle(node, options)
+        module.recompile()
+
+
+def _settle(node: torch.fx.Node, options: Options) -> None:
+    x, carry, weights, kind, *_ = node.args
+    reason = None
+    iterations = options.iterations
+    if options.apply == "never":
+        reason = 'apply="never" leaves every chain exact'
+    elif iterations == "exact":
+        reason = 'iterations="exact" leaves every chain exact'
+    elif str(kind).startswith("rnn"):
+        reason = "an nn.RNN has no residual path: a step hands its state on through a matrix only"
+    if reason is not None:
+        log.info("A recurrent layer (%s) is left exact: %s.", kind, reason)
+        iterations = EXACT
+    node.args = (
+        x, carry, weights, kind, iterations, options.gamma, options.group_size, options.exact_tail,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""``hwbp_compile::recurrent_layer``: one layer of a recurrent network in one direction, as one operator.
+
+Forward is torch's own inference kernel. Nothing but inputs and outputs is saved for the backward pass, which
+is made of ordinary operators, so that what compiles the model compiles it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backward import Settings, layer_backward
+from .cells import STEPS
+
+torch.library.define(
+    "hwbp_compile::recurrent_layer",
+    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, int iterations, float gamma, int group_size, "
+    "int exact_tail) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+torch.library.define(
+    "hwbp_compile::recurrent_layer_exact_backward",
+    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor of_output, Tensor? of_cell) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+EXACT = -1
+"""In place of a number of iterations: the library's own backward pass."""
+
+
+def recurrent_layer(
+    x: Tensor,
+    carry: list[Tensor],
+    weights: list[Tensor],
+    kind: str,
+    iterations: int,
+    gamma: float = 0.0,
+    group_size: int = 1,
+    exact_tail: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run one layer in one direction.
+
+    Args:
+        x: ``[T, B, I]``, T at least 1.
+        carry: the initial states, ``[B, H]`` each: ``[h]``, for an LSTM ``[h, c]``.
+        weights: as in :mod:`.cells`.
+        kind: a name in :data:`.cells.STEPS`.
+        iterations: the paper's k, for the backward pass; it and the others are the options of these names.
+
+    Returns:
+        The outputs ``[T, B, H]``, and an LSTM's last cell state (for other kinds an empty tensor).
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.hwbp_compile.recurrent_layer.default(
+        x, carry, weights, kind, iterations, gamma, group_size, exact_tail
+    )
+    return result
+
+
+@torch.library.impl("hwbp_compile::recurrent_layer", "default")
+def _forward(
+    x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        y, c = _library(x, carry, weights, kind, training=False)
+    return y.contiguous(), x.new_empty(0) if c is None else c.clone()
+
+
+def _library(
+    x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *, training: bool
+) -> tuple[Tensor, Tensor | None]:
+    initial = [h.unsqueeze(0) for h in carry]
+    settings = (len(weights) > 3, 1, 0.0, training, False, False)
+    if kind == "lstm":
+        y, _, c = torch.lstm(x, initial, weights, *settings)
+        return y, c.squeeze(0)
+    return getattr(torch, kind)(x, initial[0], weights, *settings)[0], None
+
+
+@torch.library.impl("hwbp_compile::recurrent_layer_exact_backward", "default")
+def _exact_backward(
+    x: Tensor,
+    carry: list[Tensor],
+    weights: list[Tensor],
+    kind: str,
+    of_output: Tensor,
+    of_cell: Tensor | None,
+) -> list[Tensor]:
+    """The library keeps what its backward needs only while it trains, so its forward runs once more."""
+    leaves = [t.detach().requires_grad_() for t in (x, *carry, *weights)]
+    n = len(carry) + 1
+    with torch.enable_grad():
+        y, c = _library(leaves[0], leaves[1:n], leaves[n:], kind, training=True)
+    outputs = [(y, of_output)] if c is None or of_cell is None else [(y, of_output), (c, of_cell)]
+    found = torch.autograd.grad([o for o, _ in outputs], leaves, [g for _, g in outputs], allow_unused=True)
+    return [
+        torch.zeros_like(t) if g is None else g.clone(memory_format=torch.contiguous_format)
+        for g, t in zip(found, leaves, strict=True)
+    ]
+
+
+@torch.library.register_fake("hwbp_compile::recurrent_layer_exact_backward")
+def _exact_fake(
+    x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
+) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *carry, *weights)]
+
+
+@torch.library.register_fake("hwbp_compile::recurrent_layer")
+def _fake(
+    x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((x.shape[0], *carry[0].shape))
+    return y, torch.empty_like(carry[1]) if kind == "lstm" else x.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, carry, weights, kind, *settings = inputs
+    ctx.save_for_backward(x, output[0], *carry, *weights)
+    ctx.carries, ctx.kind, ctx.settings = len(carry), kind, Settings(*settings)
+
+
+def _backward(ctx: Any, of_output: Tensor, of_cell: Tensor) -> tuple[Any, ...]:
+    x, output, *rest = ctx.saved_tensors
+    carry, weights = rest[: ctx.carries], rest[ctx.carries :]
+    if ctx.settings.iterations == EXACT:
+        cell = of_cell if ctx.kind == "lstm" else None
+        of_x, *others = torch.ops.hwbp_compile.recurrent_layer_exact_backward.default(
+            x, carry, weights, ctx.kind, of_output, cell
+        )
+        return of_x, others[: ctx.carries], others[ctx.carries :], *(None for _ in range(5))
+    of_last = [None, of_cell][: ctx.carries]
+    found = layer_backward(STEPS[ctx.kind], [x], carry, weights, output, of_output, of_last, ctx.settings)
+    return found.inputs[0], found.carry, found.weights, *(None for _ in range(5))
+
+
+torch.library.register_autograd("hwbp_compile::recurrent_layer", _backward, setup_context=_setup)

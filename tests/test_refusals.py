@@ -1,0 +1,205 @@
+"""What cannot be rewritten, or must not be, is left exact with a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import recorded, rewritten
+from families import mlp
+from small_models import D, Unbatchable, chain, check_exact, compiled, grads, model
+from torch import Tensor, nn
+
+import hwbp_compile.passes.pipeline as pipeline
+from hwbp_compile.passes.linear_ops import FIRST, LINEARITY, register_linear
+
+
+def test_model_without_residuals() -> None:
+    m = nn.Sequential(*[nn.Sequential(nn.Linear(D, D), nn.Tanh()) for _ in range(6)]).double()
+    check_exact(m, torch.randn(3, D).double(), chains=0, iterations=0)
+
+
+def test_exact_and_never_apply_no_approximation() -> None:
+    m, x = model(), torch.randn(5, 4).double()
+    expected = grads(m, m, x)
+    for options in (
+        {"iterations": "exact"},
+        {"apply": "never", "iterations": 0},
+        {"min_blocks": 7, "iterations": 0},
+    ):
+        torch._dynamo.reset()
+        for f, e in zip(grads(m, compiled(m, **options), x), expected, strict=True):
+            torch.testing.assert_close(f, e)
+
+
+def test_graph_break_leaves_short_chains_exact() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Sequential(*chain(5)), nn.Sequential(*chain(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    check_exact(Broken().double(), torch.randn(5, D).double(), chains=1)
+
+
+class Clip(torch.autograd.Function):
+    """Clips the gradient: not linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.05, 0.05)
+
+
+class Square(torch.autograd.Function):
+    """Squares the gradient: every operator is known, their use is not linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * g
+
+
+class AddOne(torch.autograd.Function):
+    """Adds a constant to the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g + 1
+
+
+class Floor(torch.autograd.Function):
+    """Quantises the gradient by a division that rounds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return torch.div(g, 0.25, rounding_mode="floor") * 0.25
+
+
+class Quantise(torch.autograd.Function):
+    """Quantises the gradient by a cast to integers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return (g * 4).to(torch.int32).to(g.dtype) / 4
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (Clip, "clamp"),
+        (Square, "multiplies two gradients"),
+        (AddOne, "constant"),
+        (Floor, "rounds"),
+        (Quantise, "floating-point"),
+    ],
+)
+def test_blocks_that_are_not_linear(function: Any, reason: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = mlp(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + function.apply(self.f(x))
+
+    m = nn.Sequential(nn.Linear(D, D), *chain(4), Odd(), *chain(4)).double()
+    x = torch.randn(5, D).double()
+    expected = grads(m, m, x)
+    with recorded() as records:
+        found = grads(m, compiled(m), x)
+    assert [n for n, _ in rewritten(records)] == [4, 4]
+    assert any(reason in o.reason for r in records for o in r.outcomes)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_backward_that_depends_on_the_memory_layout_is_left_exact() -> None:
+    class Flip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g.contiguous().as_strided(g.shape, g.stride())
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = mlp(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + Flip.apply(self.f(x))
+
+    m = nn.Sequential(nn.Linear(D, D), *[Odd() for _ in range(5)]).double()
+    check_exact(m, torch.randn(5, D).double(), chains=0, iterations=0)
+
+
+def test_operator_that_cannot_be_batched_is_refused_by_name() -> None:
+    m, x = nn.Sequential(*[Unbatchable() for _ in range(5)]).double(), torch.randn(3, D).double()
+    expected = grads(m, m, x)
+    for known in (False, True):
+        torch._dynamo.reset()
+        if known:
+            register_linear("hwbp_test::twice", FIRST)
+        with recorded() as records:
+            found = grads(m, compiled(m, iterations=1), x)
+        assert rewritten(records) == []
+        assert all("hwbp_test.twice" in o.reason for r in records for o in r.outcomes)
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e)
+    del LINEARITY["hwbp_test::twice"]
+
+
+def check_exact_after_internal_error() -> None:
+    """An approximation would show: with no iterations it is a poor one."""
+    m, x = model(), torch.randn(5, 4).double()
+    expected = grads(m, m, x)
+    with recorded() as records:
+        found = grads(m, compiled(m, iterations=0), x)
+    assert "internal error" in records[0].outcomes[0].reason
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_failure_inside_a_pass_leaves_the_chain_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pipeline, "trace_schedule", fail)
+    check_exact_after_internal_error()
+
+
+def test_failure_while_inserting_leaves_everything_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pipeline.insert_schedule
+
+    def fail_afterwards(*args: Any) -> None:
+        original(*args)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pipeline, "insert_schedule", fail_afterwards)
+    check_exact_after_internal_error()
