@@ -17,6 +17,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from hwbp_compile import OptionError, explain
 from hwbp_compile.passes.linear_ops import FIRST, LINEARITY
 
+# Inductor itself sets this variable when a process first loads its C++ code, whatever the backend.
+SET_BY_INDUCTOR = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"
+
 
 def global_state() -> dict[str, Any]:
     return {
@@ -28,7 +31,7 @@ def global_state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": torch.get_default_dtype(),
-        "environment": dict(os.environ),
+        "environment": {k: v for k, v in os.environ.items() if k != SET_BY_INDUCTOR},
     }
 
 

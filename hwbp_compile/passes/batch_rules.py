@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import CannotRewrite
 from .batch import Stacked, align, batching_rule, pointwise, stacked, vmap_rule
@@ -17,6 +18,54 @@ aten = torch.ops.aten
 def _reshape(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
     # Stacking gives other strides than the single value had, so a view may have to copy.
     return Stacked(aten.reshape.default(args[0].value, [blocks, *args[1]]))
+
+
+@batching_rule(
+    "sum mean amax split split_with_sizes unbind select slice transpose unsqueeze squeeze flip cumsum"
+)
+def _along_dimensions(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """Operators that name dimensions: each moves by one.
+
+    ``vmap`` does the same, but takes the number of blocks for a constant even where it is symbolic.
+    """
+    names = [argument.name for argument in target._schema.arguments]
+    given = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    dimensions = [name for name in names if name in ("dim", "dims", "dim0", "dim1")]
+    if not dimensions or any(given[name] is None for name in dimensions):
+        return vmap_rule(target, args, kwargs, blocks)
+    for name in dimensions:
+        where = given[name]
+        given[name] = [_moved(d) for d in where] if isinstance(where, (list, tuple)) else _moved(where)
+    positional = [given.pop(name) for name in names[: len(args)]]
+    positional[0] = positional[0].value
+    out = target(*positional, **{k: v for k, v in given.items() if k in kwargs or k in dimensions})
+    return pytree.tree_map_only(Tensor, Stacked, out)
+
+
+def _moved(dimension: int) -> int:
+    """A dimension of one block's tensor in a stack of them; counted from the end it stays."""
+    return dimension + 1 if dimension >= 0 else dimension
+
+
+@batching_rule("permute")
+def _permute(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    value, order = args
+    rank = value.value.dim() - 1
+    return Stacked(target(value.value, [0, *(d % rank + 1 for d in order)]))
+
+
+@batching_rule("expand")
+def _expand(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    value, size = args
+    return Stacked(target(align(value.value, len(size)), [blocks, *size], **kwargs))
+
+
+@batching_rule("cat stack")
+def _join(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    values, *rest = args
+    dimension = rest[0] if rest else kwargs.get("dim", 0)
+    return Stacked(target([stacked(v, blocks) for v in values], _moved(dimension)))
 
 
 @batching_rule("clone _to_copy alias detach contiguous lift_fresh_copy")

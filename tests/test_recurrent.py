@@ -1,0 +1,314 @@
+"""Recurrent modules of ``torch.nn``: captured, exact at k = T, the reference's gradient at every k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import Settings, Step, reference_run
+from torch import Tensor, nn
+
+from hwbp_compile.recurrent.cells import STEPS
+from hwbp_compile.recurrent.layer import recurrent_layer
+
+TOLERANCE = 1e-10
+KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn_tanh": nn.RNN}
+
+
+def layer(kind: str, inputs: int, hidden: int, **settings: Any) -> nn.RNNBase:
+    return KINDS[kind](inputs, hidden, **settings).double()
+
+
+def data(kind: str, steps: int, batch: int, inputs: int, module: nn.RNNBase) -> tuple[Tensor, list[Tensor]]:
+    x = torch.randn(steps, batch, inputs, dtype=torch.float64, requires_grad=True)
+    sizes = [module.proj_size or module.hidden_size, module.hidden_size]
+    carry = [
+        torch.randn(batch, size, dtype=torch.float64, requires_grad=True)
+        for size in sizes[: 2 if kind == "lstm" else 1]
+    ]
+    return x, carry
+
+
+def gate(kind: str, projected: bool) -> Any:
+    """K by hand: the update gate of a GRU; an LSTM's forget gate, also on the way from h to c."""
+
+    def diagonals(*values: Tensor) -> list[list[Tensor | None]]:
+        if kind == "rnn_tanh":
+            return [[None]]
+        carry, (x, *weights) = values[: 2 if kind == "lstm" else 1], values[2 if kind == "lstm" else 1 :]
+        h = carry[0]
+        biases = weights[2:4] if len(weights) > 3 else [None, None]
+        from_x = torch.nn.functional.linear(x, weights[0], biases[0])
+        from_h = torch.nn.functional.linear(h, weights[1], biases[1])
+        if kind == "gru":
+            return [[torch.sigmoid(from_x.chunk(3, -1)[1] + from_h.chunk(3, -1)[1])]]
+        i, f, g, o = (from_x + from_h).chunk(4, -1)
+        f, o = torch.sigmoid(f), torch.sigmoid(o)
+        c = f * carry[1] + torch.sigmoid(i) * torch.tanh(g)
+        # Row: output, column: input, each (h, c). An output projection mixes, so nothing passes it.
+        through_h = None if projected else o * (1 - c.tanh().square()) * f
+        return [[None, through_h], [None, f]]
+
+    return diagonals
+
+
+def reference_gradients(
+    kind: str,
+    module: nn.RNNBase,
+    x: Tensor,
+    carry: list[Tensor],
+    cotangents: list[Tensor],
+    settings: Settings,
+) -> list[Tensor]:
+    """Step by step, by an implementation that shares nothing with the package but the cell's formula."""
+    weights = list(module.parameters())
+    projected = bool(module.proj_size)
+    n = len(carry)
+
+    def at(t: int) -> Step:
+        def block(*values: Tensor) -> tuple[Tensor, ...]:
+            return STEPS[kind](values[:n], (values[n][t],), tuple(values[n + 1 :]))
+
+        def diagonals(*values: Tensor) -> Any:
+            return gate(kind, projected)(*values[:n], values[n][t], *values[n + 1 :])
+
+        return Step(block, diagonals, ())
+
+    states = reference_run(settings)([at(t) for t in range(x.shape[0])], tuple(carry), (x, *weights))
+    outputs = torch.stack([state[0] for state in states[1:]])
+    loss = (outputs * cotangents[0]).sum()
+    if kind == "lstm":
+        loss = loss + (states[-1][1] * cotangents[1]).sum()
+    return list(torch.autograd.grad(loss, [x, *carry, *weights]))
+
+
+def torch_gradients(
+    module: nn.RNNBase, x: Tensor, carry: list[Tensor], cotangents: list[Tensor]
+) -> list[Tensor]:
+    initial = [c.unsqueeze(0) for c in carry]
+    y, last = module(x, initial[0] if len(initial) == 1 else tuple(initial))
+    loss = (y * cotangents[0]).sum()
+    if len(carry) == 2:
+        loss = loss + (last[1][0] * cotangents[1]).sum()
+    return list(torch.autograd.grad(loss, [x, *carry, *module.parameters()]))
+
+
+def layer_gradients(
+    kind: str,
+    module: nn.RNNBase,
+    x: Tensor,
+    carry: list[Tensor],
+    cotangents: list[Tensor],
+    settings: Settings,
+) -> list[Tensor]:
+    weights = list(module.parameters())
+    y, c = recurrent_layer(
+        x, carry, weights, kind, settings.iterations, settings.gamma, settings.group_size, settings.exact_tail
+    )
+    loss = (y * cotangents[0]).sum()
+    if kind == "lstm":
+        loss = loss + (c * cotangents[1]).sum()
+    return list(torch.autograd.grad(loss, [x, *carry, *weights]))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "lstm with projection", "rnn_tanh"])
+@given(
+    steps=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    bias=st.booleans(),
+    iterations=st.integers(0, 3),
+    gamma=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+    group_size=st.integers(1, 4),
+    exact_tail=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_one_layer(
+    kind: str,
+    steps: int,
+    batch: int,
+    bias: bool,
+    iterations: int,
+    gamma: float,
+    group_size: int,
+    exact_tail: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    proj_size = 3 if kind == "lstm with projection" else 0
+    kind = kind.split()[0]
+    module = layer(kind, 3, 5, bias=bias, **({"proj_size": proj_size} if proj_size else {}))
+    x, carry = data(kind, steps, batch, 3, module)
+    cotangents = [torch.randn(steps, *carry[0].shape).double(), torch.randn(carry[-1].shape).double()]
+    expected = torch_gradients(module, x, carry, cotangents)
+    found = layer_gradients(
+        kind, module, x, carry, cotangents, Settings(steps, gamma, group_size, exact_tail)
+    )
+    assert relative_error(found, expected) <= TOLERANCE
+    settings = Settings(iterations, gamma, group_size, exact_tail)
+    found = layer_gradients(kind, module, x, carry, cotangents, settings)
+    expected = reference_gradients(kind, module, x, carry, cotangents, settings)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+class Model(nn.Module):
+    """A recurrent module, and a function of all that it returns."""
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *carry: Tensor) -> Tensor:
+        y, last = self.module(x, None if not carry else carry[0] if len(carry) == 1 else carry)
+        last = (last,) if isinstance(last, Tensor) else last
+        return y.square().sum() + sum((i + 1) * h.sin().sum() for i, h in enumerate(last))
+
+
+def gradients(model: nn.Module, forward: Any, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(forward(*inputs), [*inputs, *model.parameters()]))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layers": {"num_layers": 3},
+    "bidirectional": {"bidirectional": True},
+    "layers, bidirectional, batch first": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "no bias": {"bias": False, "num_layers": 2},
+    "projection": {"proj_size": 3, "num_layers": 2, "bidirectional": True},
+    "projection, no bias": {"proj_size": 3, "bias": False},
+    "relu": {"nonlinearity": "relu"},
+}
+
+
+def variants() -> list[tuple[str, str]]:
+    only = {"projection": "lstm", "projection, no bias": "lstm", "relu": "rnn_tanh"}
+    return [(kind, name) for kind in KINDS for name in VARIANTS if only.get(name, kind) == kind]
+
+
+@pytest.mark.parametrize(("kind", "variant"), variants())
+@pytest.mark.parametrize("given_carry", [False, True])
+def test_modules(kind: str, variant: str, given_carry: bool) -> None:
+    settings = VARIANTS[variant]
+    module = layer(kind, 3, 5, **settings)
+    model = Model(module)
+    x = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True)
+    batch, steps = (6, 4) if settings.get("batch_first") else (4, 6)
+    stacked = settings.get("num_layers", 1) * (2 if settings.get("bidirectional") else 1)
+    sizes = [module.proj_size or 5, 5][: 2 if kind == "lstm" else 1]
+    carry = [torch.randn(stacked, batch, size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    inputs = (x, *carry) if given_carry else (x,)
+    expected = gradients(model, model, *inputs)
+    for iterations in (steps, "exact"):
+        options = {"iterations": iterations, "codegen": "eager"}
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+        assert relative_error(gradients(model, compiled, *inputs), expected) <= TOLERANCE
+    options = {"iterations": 0, "codegen": "eager"}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    error = relative_error(gradients(model, compiled, *inputs), expected)
+    assert error > 1e-3 if kind != "rnn_tanh" else error <= TOLERANCE, "an nn.RNN is left exact"
+
+
+def test_unbatched_input() -> None:
+    model = Model(layer("gru", 3, 5))
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    options = {"iterations": 7, "codegen": "eager"}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    assert relative_error(gradients(model, compiled, x), gradients(model, model, x)) <= TOLERANCE
+
+
+def test_dropout_between_layers() -> None:
+    """The random numbers are other ones than the library's, so only their effect can be compared."""
+    module = nn.GRU(3, 5, num_layers=2, dropout=0.5)
+    compiled = torch.compile(Model(module), backend="highway", options={"codegen": "eager"}, fullgraph=True)
+    x = torch.randn(6, 4, 3)
+    values = {float(compiled(x)) for _ in range(4)}
+    assert len(values) == 4
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), Model(module)(x))
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_packed_sequences_are_exact(kind: str) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = layer(kind, 3, 5)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            y, _ = self.module(packed)
+            return nn.utils.rnn.pad_packed_sequence(y)[0].square().sum()
+
+    model = Packed()
+    x, lengths = torch.randn(6, 3, 3, dtype=torch.float64), torch.tensor([6, 2, 4])
+    expected = torch.autograd.grad(model(x, lengths), list(model.parameters()))
+    compiled = torch.compile(model, backend="highway", options={"iterations": 0, "codegen": "eager"})
+    found = torch.autograd.grad(compiled(x, lengths), list(model.parameters()))
+    assert relative_error(list(found), list(expected)) <= TOLERANCE
+
+
+def test_other_backends_are_as_before() -> None:
+    model = Model(layer("gru", 3, 5))
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    options = {"iterations": 2, "codegen": "eager"}
+    torch.compile(model, backend="highway", options=options, fullgraph=True)(x)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    assert not torch._dynamo.config.allow_rnn
+
+
+def test_lengths_and_batches_that_change() -> None:
+    model = Model(layer("gru", 3, 5))
+    frames: list[int] = []
+
+    def run(steps: int, batch: int, compiled: Any) -> None:
+        x = torch.randn(steps, batch, 3, dtype=torch.float64, requires_grad=True)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found = gradients(model, compiled, x)
+        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+        reference = layer_gradients_of_model(model, x)
+        assert relative_error(found, reference) <= TOLERANCE
+
+    def layer_gradients_of_model(model: Model, x: Tensor) -> list[Tensor]:
+        h = torch.zeros(x.shape[1], 5, dtype=torch.float64)
+        y, _ = recurrent_layer(x, [h], list(model.parameters()), "gru", 2)
+        loss = y.square().sum() + y[-1].sin().sum()
+        return list(torch.autograd.grad(loss, [x, *model.parameters()]))
+
+    options = {"iterations": 2, "codegen": "eager"}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
+        run(steps, batch, compiled)
+    assert sum(frames) <= 3, frames
+    assert frames[-1] == 0
+    torch._dynamo.reset()
+    frames.clear()
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True, dynamic=True)
+    for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
+        run(steps, batch, compiled)
+    assert sum(frames) == 1, frames
+
+
+def test_operator_checks() -> None:
+    for kind, n in (("gru", 1), ("lstm", 2)):
+        module = KINDS[kind](3, 4)
+        x = torch.randn(5, 2, 3, requires_grad=True)
+        carry = [torch.randn(2, 4, requires_grad=True) for _ in range(n)]
+        weights = list(module.parameters())
+        torch.library.opcheck(
+            torch.ops.hwbp_compile.recurrent_layer.default, (x, carry, weights, kind, 5, 0.0, 1, 0)
+        )
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_inductor_in_single_precision(kind: str) -> None:
+    module = KINDS[kind](3, 8, num_layers=2)
+    model = Model(module)
+    x = torch.randn(20, 4, 3, requires_grad=True)
+    expected = gradients(model, model, x)
+    compiled = torch.compile(model, backend="highway", options={"iterations": 20}, fullgraph=True)
+    assert relative_error(gradients(model, compiled, x), expected) <= 1e-4
