@@ -15,6 +15,8 @@ from . import _compat
 
 RESIDUAL = "residual path"
 """The start of the iteration: the gradient that crosses no block."""
+TIME = "recurrent layer"
+"""The backward pass of a recurrent layer: already parallel, so no chain over depth."""
 INSIDE = "inside groups"
 """The exact sweep from the states between groups to those inside of them."""
 GRADIENTS = "gradients of parameters and inputs"

@@ -112,7 +112,7 @@ def test_an_operator_that_is_not_known_to_be_linear_is_named() -> None:
 
 
 def test_more_iterations_than_blocks() -> None:
-    captured = capture(Mlp(), [inputs()], {})
+    captured = capture(Mlp(), [inputs()], {}, Options())
 
     def chain(**options: Any) -> ChainReport:
         return explain_capture(captured, Options(**options), Names(), []).chains[0]

@@ -211,6 +211,22 @@ def test_modules(kind: str, variant: str, given_carry: bool) -> None:
     assert error > 1e-3 if kind != "rnn_tanh" else error <= TOLERANCE, "an nn.RNN is left exact"
 
 
+@pytest.mark.parametrize("settings", [{"group_size": 8}, {"exact_tail": 6}, {"group_size": 5, "gamma": 0.2}])
+def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> None:
+    """They are made of the same sums and products; were they rewritten too, the gradient would be another."""
+    model = Model(layer("gru", 3, 5))
+    x = torch.randn(40, 2, 3, dtype=torch.float64, requires_grad=True)
+    options = {"iterations": 1, "codegen": "eager", "min_blocks": 2, **settings}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    found = gradients(model, compiled, x)
+    weights = list(model.parameters())
+    h = torch.zeros(2, 5, dtype=torch.float64)
+    values = {"gamma": 0.0, "group_size": 1, "exact_tail": 0} | settings
+    y, _ = recurrent_layer(x, [h], weights, "gru", 1, **values)
+    expected = torch.autograd.grad(y.square().sum() + y[-1].sin().sum(), [x, *weights])
+    assert relative_error(found, list(expected)) <= TOLERANCE
+
+
 def test_unbatched_input() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ..chain import Block, Chain, Cut, Refusal
 from ..errors import CannotRewrite
+from ..stage import stage_of
 from .classes import classify, signature
 from .linear import LinearPart, between, longest_stream
 from .linear_ops import check_linear, is_heavy, op_name
@@ -34,7 +35,8 @@ Found = Chain | Refusal
 
 def find_chains(part: LinearPart) -> Iterator[Found]:
     """All chains of a joint graph, longest stream first, and what looked like one but is none."""
-    excluded: set[Node] = set()
+    # An iteration over time is made of sums and sweeps as well, and must stay as it is.
+    excluded = {node for node in part.order if stage_of(node) is not None}
     while (stream := longest_stream(part, excluded)) is not None:
         searches = [_search(part, path, MAX_HALVINGS) for path in (stream.path, *stream.alternatives)]
         best = max(searches, key=_longest)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .. import _compat
 from ..options import Options
@@ -85,31 +86,51 @@ def install() -> None:
     _compat.let_recurrent_modules_in(MARK, replacements)
 
 
-def settle(gm: GraphModule, options: Options) -> None:
-    """Write the options in force into the recurrent layers of a graph that Dynamo made."""
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One recurrent layer in one direction, as Dynamo's graph has it, and what is done with it."""
+
+    node: Node
+    kind: str
+    reason: str
+    """Why its backward pass stays exact; empty if it does not."""
+
+    @property
+    def residual(self) -> str:
+        """The kind of its residual path."""
+        return {"gru": "gate", "lstm": "gate on a state of 2 tensors"}.get(self.kind, "")
+
+    @property
+    def output(self) -> Any:
+        """The outputs over time, ``[T, B, H]``, as a fake tensor."""
+        return self.node.meta["example_value"][0]
+
+
+def settle(gm: GraphModule, options: Options) -> list[Layer]:
+    """Write the options in force into the recurrent layers of a graph that Dynamo made, and list these."""
     target = torch.ops.hwbp_compile.recurrent_layer.default
+    layers: list[Layer] = []
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue
-        for node in module.graph.nodes:
-            if node.op == "call_function" and node.target is target:
-                _settle(node, options)
-        module.recompile()
+        found = [n for n in module.graph.nodes if n.op == "call_function" and n.target is target]
+        layers.extend(_settle(node, options) for node in found)
+        if found:
+            module.recompile()
+    return layers
 
 
-def _settle(node: torch.fx.Node, options: Options) -> None:
-    x, carry, weights, kind, *_ = node.args
-    reason = None
-    iterations = options.iterations
+def _settle(node: Node, options: Options) -> Layer:
+    kind = str(node.args[3])
+    reason = ""
     if options.apply == "never":
         reason = 'apply="never" leaves every chain exact'
-    elif iterations == "exact":
+    elif options.iterations == "exact":
         reason = 'iterations="exact" leaves every chain exact'
-    elif str(kind).startswith("rnn"):
-        reason = "an nn.RNN has no residual path: a step hands its state on through a matrix only"
-    if reason is not None:
-        log.info("A recurrent layer (%s) is left exact: %s.", kind, reason)
-        iterations = EXACT
-    node.args = (
-        x, carry, weights, kind, iterations, options.gamma, options.group_size, options.exact_tail,
-    )  # fmt: skip
+    elif kind.startswith("rnn"):
+        reason = "no residual path: a step of nn.RNN hands its state on through a matrix only"
+    iterations = EXACT if reason else options.iterations
+    settings = (iterations, options.gamma, options.group_size, options.exact_tail)
+    node.args = (*node.args[:4], *settings)
+    log.info("%s over time: %s", f"left exact: {kind}" if reason else f"parallel: {kind}", reason or settings)
+    return Layer(node, kind, reason)

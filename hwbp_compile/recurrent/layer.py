@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..stage import TIME, stage
 from .backward import Settings, layer_backward
 from .cells import STEPS
 
@@ -132,7 +133,8 @@ def _backward(ctx: Any, of_output: Tensor, of_cell: Tensor) -> tuple[Any, ...]:
         )
         return of_x, others[: ctx.carries], others[ctx.carries :], *(None for _ in range(5))
     of_last = [None, of_cell][: ctx.carries]
-    found = layer_backward(STEPS[ctx.kind], [x], carry, weights, output, of_output, of_last, ctx.settings)
+    with stage(TIME):
+        found = layer_backward(STEPS[ctx.kind], [x], carry, weights, output, of_output, of_last, ctx.settings)
     return found.inputs[0], found.carry, found.weights, *(None for _ in range(5))
 
 

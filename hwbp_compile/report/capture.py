@@ -18,6 +18,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .. import _compat
+from ..options import Options
+from ..recurrent.capture import MARK, Layer, install, settle
 from .fresh import copy_function, fresh_code
 from .keep import Kept, unchanged
 
@@ -32,6 +34,8 @@ class Frame:
     """What ended it, if not the end of the call."""
     failure: str = ""
     """Why it could not be traced."""
+    layers: tuple[Layer, ...] = ()
+    """Its recurrent layers."""
 
 
 @dataclass
@@ -47,15 +51,21 @@ class Capture:
 class _Running:
     capture: Capture
     kept: Kept
+    options: Options
 
 
 _running: ContextVar[_Running | None] = ContextVar("hwbp_compile_capture", default=None)
 
 
 def capture(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], dynamic: bool | None = None
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Options,
+    dynamic: bool | None = None,
 ) -> Capture:
     """Call ``function`` once, op by op, and return the joint graphs that a backend would be given."""
+    install()
     found = Capture()
     modules = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, nn.Module)]
     with (
@@ -63,7 +73,7 @@ def capture(
         fresh_code((function, *modules)),
         _compat.compiling_freely(),
     ):
-        token = _running.set(_Running(found, kept))
+        token = _running.set(_Running(found, kept, options))
         try:
             with _compat.record_graph_breaks() as graph_breaks:
                 call = torch.compile(
@@ -88,13 +98,15 @@ def _analysis_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callabl
     """
     joints: tuple[GraphModule, ...] = ()
     failure = ""
+    compiling = _running.get()
+    layers = tuple(settle(gm, compiling.options)) if compiling is not None else ()
     try:
         joints = tuple(_compat.capture_joint_graphs(gm, example_inputs))
     except _compat.restart_exceptions():
         raise
     except Exception as error:  # whatever the graph is, the call goes on and the report says so
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    frame = Frame(joints, _compat.graph_break_of(gm), failure)
+    frame = Frame(joints, _compat.graph_break_of(gm), failure, layers)
 
     def run(*inputs: Any) -> Any:
         running = _running.get()
@@ -104,3 +116,6 @@ def _analysis_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callabl
         return gm.forward(*inputs)
 
     return run
+
+
+setattr(_analysis_backend, MARK, True)

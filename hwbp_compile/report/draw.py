@@ -150,7 +150,7 @@ def _picture(report: GraphReport, explanation: Explanation, *, rewritten: bool) 
     nodes = [n for n in gm.graph.nodes if n in dependent]
     dag = _dag(nodes)
     roles = _complete(dag, named)
-    blocks = {i: c.blocks for i, c in enumerate(explanation.chains)}
+    blocks = {i: int(c.blocks) for i, c in enumerate(explanation.chains) if c.over == "depth"}
     heights = {n.name: _height(n, roles[n.name], blocks) for n in nodes}
     boxes = place(
         dag,

@@ -14,11 +14,20 @@ from ..chain import Chain, Refusal
 from ..options import Options, parse_options
 from ..passes.linear import linear_part
 from ..passes.pipeline import Outcome, Record, rewrite
+from ..recurrent.capture import Layer
 from .capture import Capture, Frame, capture
 from .explanation import ChainReport, Explanation, GraphReport
 from .gaps import gaps
 from .roles import effective_iterations, roles_of
-from .where import Names, block_lines, block_modules, module_names, shorten_lines
+from .where import (
+    Names,
+    block_lines,
+    block_modules,
+    module_names,
+    module_stack,
+    shorten_lines,
+    user_line,
+)
 
 
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
@@ -46,7 +55,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         settings, _ = parse_options(compiled.options, compiled.mode)
     else:
         settings, _ = parse_options(options)
-    captured = capture(compiled.original, args, kwargs, compiled.dynamic)
+    captured = capture(compiled.original, args, kwargs, settings, compiled.dynamic)
     notes = []
     if compiled.backend is not None and not ours:
         notes.append(
@@ -54,7 +63,23 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         )
     elif compiled.backend is None and _has_compiled_parts(model):
         notes.append("parts of the model are compiled on their own; this is what happens if all of it is")
-    return explain_capture(captured, settings, module_names(compiled.original), notes)
+    names = module_names(compiled.original)
+    notes.extend(_recurrent_notes(compiled.original, captured, names))
+    return explain_capture(captured, settings, names, notes)
+
+
+def _recurrent_notes(model: Any, captured: Capture, names: Names) -> list[str]:
+    """Recurrent modules that are in no graph."""
+    if not isinstance(model, torch.nn.Module):
+        return []
+    found = {m for f in captured.frames for layer in f.layers for m in module_stack(layer.node, names)}
+    missing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.RNNBase) and name not in found
+    ]
+    said = "is in no graph (it is given packed sequences, or the graph breaks there, or it does not run)"
+    return [f"{name or 'the recurrent module'} {said}, so its gradient is exact" for name in missing]
 
 
 def _has_compiled_parts(model: Any) -> bool:
@@ -72,7 +97,9 @@ def explain_capture(captured: Capture, options: Options, names: Names, notes: li
     for frame, calls in _distinct(captured.frames):
         if frame.failure:
             notes.append(f"a graph could not be traced: {frame.failure}")
-        elif not frame.joints:
+            continue
+        chains.extend(_layer_report(layer, options, names, len(graphs)) for layer in frame.layers)
+        if not frame.joints:
             notes.append(f"no gradient needed: {_why_no_gradient()}")
         for joint in frame.joints:
             analysis = _Analysis.of(joint, options, names, graph=len(graphs), chains_before=len(chains))
@@ -81,7 +108,7 @@ def explain_capture(captured: Capture, options: Options, names: Names, notes: li
             graphs.append(analysis.report(frame.graph_break.reason if frame.graph_break else "", calls))
             if not analysis.record.needs_gradient:
                 notes.append(f"no gradient needed: {_why_no_gradient()}")
-            elif not analysis.record.outcomes:
+            elif not analysis.record.outcomes and not frame.layers:
                 notes.append(f"no residual connection found{_in_graph(len(graphs) - 1, captured)}")
     return Explanation(tuple(chains), tuple(_counted(notes)), tuple(graphs), options)
 
@@ -171,6 +198,33 @@ def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, 
     )
 
 
+def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> ChainReport:
+    output = layer.output
+    steps, *shape = output.shape
+    known = steps if isinstance(steps, int) else None
+    iterations = None if layer.reason else options.iterations
+    if known is not None and isinstance(iterations, int):
+        iterations = effective_iterations(options, known)
+    line = user_line(layer.node)
+    return ChainReport(
+        blocks=steps if known is not None else str(steps),
+        classes=(),
+        residual=layer.residual,
+        shapes=(tuple(d if isinstance(d, int) else str(d) for d in shape),) * (1 + (layer.kind == "lstm")),
+        dtypes=(str(output.dtype).removeprefix("torch."),) * (1 + (layer.kind == "lstm")),
+        modules=tuple(module_stack(layer.node, names)[-1:]),
+        lines=() if line is None else (line,),
+        options=options,
+        applied=not layer.reason,
+        reason=layer.reason,
+        iterations=iterations if isinstance(iterations, int) else None,
+        new_nodes=0,
+        notes=() if layer.reason or known is None else tuple(_chain_notes(known, options)),
+        graph=graph,
+        over="time",
+    )
+
+
 def _reason(outcome: Outcome, cut: bool) -> str:
     if outcome.schedule is not None:
         return ""
@@ -185,8 +239,9 @@ def _chain_notes(blocks: int, options: Options) -> list[str]:
     groups = -(-(blocks - options.exact_tail) // options.group_size)
     if options.iterations < groups:
         return []
-    what = "blocks" if options.group_size == 1 else f"groups of {options.group_size} blocks"
-    more = f": only {groups} are done" if options.iterations > groups else ""
+    plural = "s" * (groups != 1)
+    what = f"block{plural}" if options.group_size == 1 else f"group{plural} of {options.group_size} blocks"
+    more = f": only {groups} {'are' if plural else 'is'} done" if options.iterations > groups else ""
     return [
         f"iterations={options.iterations} and {groups} {what}{more}; "
         "the gradient is exact, but costs more than plain backpropagation would"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ChainReport:
     """One residual chain, or a place that looked like one."""
 
-    blocks: int
-    """How many blocks it has."""
+    blocks: int | str
+    """How many blocks it has; for a recurrent layer, steps (as text where their number is symbolic)."""
     classes: tuple[int, ...]
     """How many of them share one structure, and so are computed by one batched program."""
     residual: str
@@ -46,6 +46,8 @@ class ChainReport:
     notes: tuple[str, ...] = ()
     graph: int = 0
     """Which of the call's graphs it is in."""
+    over: str = "depth"
+    """``"depth"``, or ``"time"`` for a recurrent layer."""
 
     @property
     def shape(self) -> tuple[int | str, ...]:
@@ -65,6 +67,7 @@ class ChainReport:
             "modules": list(self.modules), "lines": list(self.lines), "options": self.options.to_dict(),
             "applied": self.applied, "reason": self.reason, "iterations": self.iterations,
             "new_nodes": self.new_nodes, "notes": list(self.notes), "graph": self.graph,
+            "over": self.over,
         }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def render(explanation: Explanation) -> str:
 
 def _verdict(explanation: Explanation) -> str:
     # What stands between two chains has no residual path, and is no chain itself.
-    chains = [c for c in explanation.chains if c.residual]
+    chains = [c for c in explanation.chains if c.residual or c.over == "time"]
     applied = sum(c.applied for c in chains)
     settings = _settings(explanation.options)
     if not chains:
@@ -68,7 +68,8 @@ def _row(number: int, chain: ChainReport) -> list[str]:
     )
     if chain.applied:
         plural = "s" * (chain.iterations != 1)
-        verdict = f"{chain.iterations} iteration{plural}, {chain.new_nodes} new nodes"
+        verdict = f"{chain.iterations} iteration{plural}"
+        verdict += " over time" if chain.over == "time" else f", {chain.new_nodes} new nodes"
     else:
         verdict = "exact"
     return [

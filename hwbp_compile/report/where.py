@@ -17,7 +17,8 @@ from torch.fx import Node
 from ..chain import Block
 from ..passes.linear_ops import is_heavy
 
-_NOT_THE_USERS = (*(str(Path(f).parent) + os.sep for f in (torch.__file__, __file__)), "<frozen", "<string>")
+_PACKAGES = (Path(torch.__file__).parent, Path(__file__).parents[1])
+_NOT_THE_USERS = (*(str(path) + os.sep for path in _PACKAGES), "<frozen", "<string>")
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
