@@ -239,23 +239,30 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[...,
             backend = None if inner is backend else inner
         return backend is not None
 
+    def break_at_packed(self: Any, tx: Any, *args: Any, **kwargs: Any) -> None:
+        if marked(tx):
+            unimplemented(
+                gb_type="Packed sequence in a recurrent module",
+                context=str(self.value),
+                explanation="A packed sequence runs as it is, with its exact gradient.",
+                hints=["Pad the sequences, and mask the loss, to have the highway backend take part."],
+            )
+
     def handler(replacement: Callable[..., Any]) -> Callable[..., Any]:
         def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
             if not marked(tx):
                 return None
             if len(args) < 4 or not args[3].is_python_constant():
-                unimplemented(
-                    gb_type="Packed sequence in a recurrent module",
-                    context=str(self.value),
-                    explanation="A packed sequence runs as it is, with its exact gradient.",
-                    hints=["Pad the sequences, and mask the loss, to have the highway backend take part."],
-                )
+                break_at_packed(self, tx)
             return VariableTracker.build(tx, replacement).call_function(tx, list(args), kwargs)
 
         return handle
 
     handlers = TorchInGraphFunctionVariable._get_handlers()
     handlers.update({function: handler(replacement) for function, replacement in replacements.items()})
+    # Dynamo fails on these in 2.11. Without us it never gets there: the refused module ends its frame.
+    vf: Any = torch._VF
+    handlers.update(dict.fromkeys((vf._pack_padded_sequence, vf._pad_packed_sequence), break_at_packed))
     original = VariableBuilder._wrap
     if hasattr(original, mark):
         return
