@@ -211,6 +211,35 @@ def test_modules(kind: str, variant: str, given_carry: bool) -> None:
     assert error > 1e-3 if kind != "rnn_tanh" else error <= TOLERANCE, "an nn.RNN is left exact"
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("iterations", ["exact", 6])
+def test_automatic_mixed_precision(kind: str, before: bool, iterations: int | str) -> None:
+    """Also where a linear layer before it hands over half precision and the weights are in single."""
+    module, linear = KINDS[kind](3, 5, num_layers=2), nn.Linear(3, 3)
+    x = torch.randn(6, 4, 3, requires_grad=True)
+    weights = [x, *module.parameters(), *(linear.parameters() if before else ())]
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = module(linear(x) if before else x)
+        return y
+
+    def loss(y: Tensor) -> Tensor:
+        return y.float().square().sum()
+
+    eager = run(x)
+    options = {"iterations": iterations, "codegen": "eager"}
+    found = torch.compile(run, backend="highway", options=options, fullgraph=True)(x)
+    assert found.dtype == eager.dtype
+    module_in_single, _ = module(linear(x) if before else x)
+    expected = torch.autograd.grad(loss(module_in_single), weights)
+    torch.testing.assert_close(found.float(), module_in_single, rtol=0.05, atol=0.02)
+    gradients_found = torch.autograd.grad(loss(found), weights)
+    assert all(g.dtype == torch.float32 for g in gradients_found)
+    assert relative_error(list(gradients_found), list(expected)) <= 0.1
+
+
 @pytest.mark.parametrize("settings", [{"group_size": 8}, {"exact_tail": 6}, {"group_size": 5, "gamma": 0.2}])
 def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> None:
     """They are made of the same sums and products; were they rewritten too, the gradient would be another."""

@@ -43,6 +43,11 @@ def run_layers(
     """
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)
+    device, given = x.device.type, x.dtype
+    casts = torch.is_autocast_enabled(device) and given != torch.float64
+    low = torch.get_autocast_dtype(device) if casts else None
+    if low is not None:
+        x, carry, weights = x.to(low), [c.to(low) for c in carry], [w.to(low) for w in weights]
     x = x.transpose(0, 1) if batch_first else x
     last: list[list[Tensor]] = [[] for _ in carry]
     for layer in range(num_layers):
@@ -59,7 +64,11 @@ def run_layers(
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, training)
-    return (x.transpose(0, 1) if batch_first else x), [torch.stack(c) for c in last]
+    states = [torch.stack(c) for c in last]
+    if low is not None and device == "cpu" and kind != "lstm":
+        # On CPUs autocast knows the LSTM only; the products inside of the others are cast, their results not.
+        x, states = x.to(given), [s.to(given) for s in states]
+    return (x.transpose(0, 1) if batch_first else x), states
 
 
 def _one_state(kind: str) -> Any:

@@ -64,7 +64,7 @@ def recurrent_layer(
 def _forward(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y, c = _library(x, carry, weights, kind, training=False)
     return y.contiguous(), x.new_empty(0) if c is None else c.clone()
 
@@ -92,7 +92,7 @@ def _exact_backward(
     """The library keeps what its backward needs only while it trains, so its forward runs once more."""
     leaves = [t.detach().requires_grad_() for t in (x, *carry, *weights)]
     n = len(carry) + 1
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y, c = _library(leaves[0], leaves[1:n], leaves[n:], kind, training=True)
     outputs = [(y, of_output)] if c is None or of_cell is None else [(y, of_output), (c, of_cell)]
     found = torch.autograd.grad([o for o, _ in outputs], leaves, [g for _, g in outputs], allow_unused=True)
@@ -133,7 +133,8 @@ def _backward(ctx: Any, of_output: Tensor, of_cell: Tensor) -> tuple[Any, ...]:
         )
         return of_x, others[: ctx.carries], others[ctx.carries :], *(None for _ in range(5))
     of_last = [None, of_cell][: ctx.carries]
-    with stage(TIME):
+    # What autocast has to cast was cast before the layer.
+    with stage(TIME), torch.autocast(x.device.type, enabled=False):
         found = layer_backward(STEPS[ctx.kind], [x], carry, weights, output, of_output, of_last, ctx.settings)
     return found.inputs[0], found.carry, found.weights, *(None for _ in range(5))
 
