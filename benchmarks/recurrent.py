@@ -40,9 +40,12 @@ class Step:
         self.module, self.forward, self.x, self.direction = module, forward, x, direction
 
     def __call__(self) -> list[Tensor]:
+        """The gradients; all work is done when they are returned."""
         for p in self.module.parameters():
             p.grad = None
         (self.forward(self.x)[0] * self.direction).sum().backward()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
@@ -61,20 +64,23 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--kind", choices=["gru", "lstm"], default="gru")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} of them used, "
-        f"torch {torch.__version__}"
+    where = (
+        torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} of them used"
     )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {where}, torch {torch.__version__}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
         torch.manual_seed(0)
         torch._dynamo.reset()
         module = (nn.GRU if arguments.kind == "gru" else nn.LSTM)(inputs, hidden)
-        x, direction = torch.randn(steps_, batch, inputs), torch.randn(steps_, batch, hidden)
+        module.to(arguments.device)
+        x = torch.randn(steps_, batch, inputs, device=arguments.device)
+        direction = torch.randn(steps_, batch, hidden, device=arguments.device)
         steps = {"torch, eager": Step(module, module, x, direction)}
         for name, options in SETTINGS.items():
             compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)

@@ -23,7 +23,7 @@ def gradients(case: Case, forward: Callable[..., Tensor], weight: Tensor | None 
     inputs = [i.detach().clone().requires_grad_() if i.is_floating_point() else i for i in case.inputs]
     out = forward(*inputs)
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     (out * direction + 0.5 * out.square()).sum().backward()
     values = [i for i in inputs if i.requires_grad] + list(case.model.parameters())
     return [torch.zeros_like(v) if v.grad is None else v.grad.clone() for v in values]

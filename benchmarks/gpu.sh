@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks that need a CUDA device: the tests marked gpu, then the benchmarks that run there.
+# PYTHON is the interpreter of an environment with torch and this package's dependencies.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+"$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.cuda.get_device_name())"
+"$python" -m pytest -q -m gpu tests/test_gpu.py
+for kind in gru lstm; do
+    "$python" benchmarks/recurrent.py --device cuda --kind $kind \
+        --shape 256 128 512 512 --shape 1024 128 64 64 --shape 4096 16 64 64
+done

@@ -1,0 +1,76 @@
+"""On a CUDA device: the same checks as on a CPU, on one family of each kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import exact, float64, highway, reference, relative_error, rewritten
+from families import FAMILIES, Size
+from reference import Settings
+from torch import nn
+
+from hwbp_compile.recurrent.layer import recurrent_layer
+from hwbp_compile.scan import linear_scan
+from hwbp_compile.scan.naive import linear_scan_naive
+
+pytestmark = pytest.mark.gpu
+
+# Loops over nn.GRUCell and nn.LSTMCell are missing: their fused backward on CUDA is left exact.
+ON_GPU = [
+    "residual_mlp",
+    "resnet",
+    "pre_ln_transformer",
+    "post_ln_transformer",
+    "gated_loop",
+    "encoder_decoder",
+]
+
+
+@pytest.mark.parametrize("family", ON_GPU)
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_families(family: str, codegen: str) -> None:
+    torch.manual_seed(0)
+    case = FAMILIES[family](Size(depth=5))
+    tolerance = 1e-10 if codegen == "eager" else 1e-4
+    case.model.cuda()
+    case.inputs = tuple(i.cuda() for i in case.inputs)
+    if codegen == "eager":
+        float64(case)
+    for iterations, expected in ((2, reference(case, Settings(2))), (max(case.blocks), exact(case))):
+        found, records = highway(case, iterations=iterations, codegen=codegen)
+        assert sorted(n for n, _ in rewritten(records)) == sorted(case.blocks)
+        assert relative_error(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan(dtype: torch.dtype, reverse: bool) -> None:
+    v, a = torch.randn(300, 5, 7, device="cuda").to(dtype), torch.rand(300, 1, 7, device="cuda").to(dtype)
+    found = linear_scan(v, a, v[0], reverse)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    expected = linear_scan_naive(v, a, v[0], reverse)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_recurrent_modules(kind: str) -> None:
+    module = getattr(nn, kind.upper())(3, 5, num_layers=2, bidirectional=True).cuda().double()
+    x = torch.randn(12, 4, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    weights = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x)[0].square().sum(), weights)
+    for iterations in (12, "exact"):
+        options = {"iterations": iterations, "codegen": "eager"}
+        compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
+        found = torch.autograd.grad(compiled(x)[0].square().sum(), weights)
+        assert relative_error(list(found), list(expected)) <= 1e-10
+
+
+def test_a_layer_gives_what_it_gives_on_a_cpu() -> None:
+    module = nn.GRU(3, 5).double()
+    x, h = torch.randn(12, 4, 3).double(), torch.randn(4, 5).double()
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.detach().to(device).requires_grad_() for t in (x, h, *module.parameters())]
+        y, _ = recurrent_layer(leaves[0], leaves[1:2], leaves[2:], "gru", 2)
+        results.append([g.cpu() for g in torch.autograd.grad(y.square().sum(), leaves)])
+    assert relative_error(*results) <= 1e-10
