@@ -66,12 +66,12 @@ def trace_shapes(
     return traced
 
 
-def nodes_being_traced() -> list[fx.Node]:
-    """The nodes so far of the graph that :func:`trace` is making; none outside of it."""
+def graph_being_traced() -> fx.Graph | None:
+    """The graph that is being made around this call, if there is one."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     mode = get_proxy_mode()
-    return [] if mode is None else list(mode.tracer.graph.nodes)
+    return None if mode is None else mode.tracer.graph
 
 
 def sort_topologically(graph: fx.Graph) -> None:
@@ -248,10 +248,21 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[...,
                 hints=["Pad the sequences, and mask the loss, to have the highway backend take part."],
             )
 
+    def inside_transform() -> bool:
+        # torch.func.grad and the like look into what is called, and a custom operator has nothing to see.
+        return torch._C._functorch.peek_interpreter_stack() is not None
+
     def handler(replacement: Callable[..., Any]) -> Callable[..., Any]:
         def handle(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
             if not marked(tx):
                 return None
+            if inside_transform():
+                unimplemented(
+                    gb_type="Recurrent module inside of a torch.func transform",
+                    context=str(self.value),
+                    explanation="It runs as it is, with its exact gradient.",
+                    hints=["Call backward() or torch.autograd.grad instead of torch.func.grad."],
+                )
             if len(args) < 4 or not args[3].is_python_constant():
                 break_at_packed(self, tx)
             return VariableTracker.build(tx, replacement).call_function(tx, list(args), kwargs)
@@ -268,7 +279,12 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[...,
         return
 
     def wrap(self: Any, value: Any) -> Any:
-        if isinstance(value, torch.nn.RNNBase) and not config.allow_rnn and marked(self.tx):
+        if (
+            isinstance(value, torch.nn.RNNBase)
+            and not config.allow_rnn
+            and marked(self.tx)
+            and not inside_transform()
+        ):
             with config.patch(allow_rnn=True):
                 return original(self, value)
         return original(self, value)

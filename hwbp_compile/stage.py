@@ -28,11 +28,15 @@ _KEY = "highway_stage"
 @contextmanager
 def stage(name: str | int) -> Iterator[None]:
     """Mark the nodes traced while the context lasts; an iteration's name is its number, from 1."""
-    before = set(_compat.nodes_being_traced())
+    graph = _compat.graph_being_traced()
+    last = next(iter(reversed(graph.nodes)), None) if graph is not None else None
     yield
-    for node in _compat.nodes_being_traced():
-        if node not in before:
-            node.meta.setdefault(_KEY, name)
+    if graph is None:
+        return
+    for node in reversed(graph.nodes):
+        if node is last:
+            break
+        node.meta.setdefault(_KEY, name)
 
 
 def stage_of(node: Node) -> str | int | None:

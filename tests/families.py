@@ -415,6 +415,24 @@ def layer_scale(s: Size) -> Case:
     return Case(Scaled(s.width, s.depth), (torch.randn(s.batch, 5), keep), [s.depth], ["identity"])
 
 
+class Branches(nn.Module):
+    """x + f(norm(x)) + g(norm'(x)): attention and MLP side by side, as some language models have them."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(d), Attention(d))
+        self.mlp = nn.Sequential(nn.LayerNorm(d), mlp(d, 2 * d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x) + self.mlp(x)
+
+
+def parallel_branches(s: Size) -> Case:
+    d = s.width // 2 * 2
+    model = Plain(nn.Linear(5, d), [Branches(d) for _ in range(s.depth)], nn.Linear(d, 3))
+    return Case(model, (torch.randn(s.batch, s.length, 5),), [s.depth], ["identity"])
+
+
 class AuxiliaryHeads(Chained):
     """A head on the states after some of the blocks, beside the last."""
 
@@ -526,6 +544,7 @@ FAMILIES: dict[str, Callable[[Size], Case]] = {
     "gated_loop": gated_loop,
     "gated_last_step": lambda s: gated_loop(s, every_step=False),
     "layer_scale": layer_scale,
+    "parallel_branches": parallel_branches,
     "auxiliary_heads": auxiliary_heads,
     "encoder_decoder": encoder_decoder,
     "two_towers": two_towers,

@@ -86,6 +86,7 @@ def calls() -> dict[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]
         "squeeze dimensions": lambda: (aten.squeeze.dims, (s(1, 2, 1), [0, -1]), {}),
         "squeeze all": lambda: (aten.squeeze.default, (s(2, 1, 3),), {}),
         "flip": lambda: (aten.flip.default, (s(2, 3), [0, -1]), {}),
+        "rev": lambda: (torch.ops.prims.rev.default, (s(2, 3), [0]), {}),
         "cumsum": lambda: (aten.cumsum.default, (s(2, 3), 0), {}),
         "slice by default": lambda: (aten.slice.Tensor, (s(5, 3),), {"start": 2}),
         "stack": lambda: (aten.stack.default, ([s(2, 3), s(2, 3)], 2), {}),

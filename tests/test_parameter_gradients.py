@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
-from compare import exact, float64, highway, reference, relative_error, rewritten
+from compare import exact, float64, highway, recorded, reference, relative_error, rewritten
 from families import FAMILIES, Case, Plain, Size
 from reference import Settings
 from torch import Tensor, nn
 
+from hwbp_compile.passes import chains
 from hwbp_compile.passes.linear_ops import is_heavy
 from hwbp_compile.passes.pipeline import Record
 from hwbp_compile.stage import GRADIENTS, stage_of
@@ -83,6 +86,53 @@ def test_weights_of_one_shape_are_told_apart(twice: bool) -> None:
     products = filter(is_heavy, gradient_nodes(record))
     matrices = [n for n in products if tuple(n.meta["val"].shape) == (5, 6, 6)]
     assert len(matrices) >= 3
+
+
+def test_a_gradient_that_reads_the_next_state() -> None:
+    """Cut inside of its blocks, the state has two tensors, and a weight's gradient reads the second."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.f(x)) + torch.sigmoid(self.g(x))
+
+    torch.manual_seed(0)
+    blocks = [Two() for _ in range(5)]
+    model = nn.Sequential(*blocks).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = torch.autograd.grad(model(x).sin().sum(), list(model.parameters()))
+    options = {"iterations": 20, "min_blocks": 2, "codegen": "eager"}
+    with (
+        recorded() as records,
+        mock.patch.object(chains, "_covered", lambda found: 3 ** chains._longest(found)),
+    ):
+        compiled = torch.compile(model, backend="highway", options=options)
+        found = torch.autograd.grad(compiled(x).sin().sum(), list(model.parameters()))
+    ((length, kind),) = rewritten(records)
+    assert length > 5
+    assert kind == "identity on a state of 2 tensors"
+    assert gradient_nodes(records[0])
+    assert relative_error(list(found), list(expected)) <= TOLERANCE
+
+
+def test_a_view_of_a_weight_that_only_the_gradient_reads() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 6) * 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(x @ self.w) @ self.w.t() @ self.w
+
+    torch.manual_seed(0)
+    case = Case(
+        Plain(nn.Linear(4, 6), [Turned() for _ in range(5)], nn.Linear(6, 2)), (torch.randn(3, 4),), [5]
+    )
+    record = check(float64(case))
+    assert gradient_nodes(record)
 
 
 def test_parameters_frozen_in_some_blocks() -> None:

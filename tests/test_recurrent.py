@@ -296,6 +296,17 @@ def test_packed_sequences_are_exact(kind: str) -> None:
     assert relative_error(list(found), list(expected)) <= TOLERANCE
 
 
+def test_inside_a_transform_of_torch_func() -> None:
+    module = layer("gru", 3, 5)
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: module(y)[0].square().sum())(x)
+
+    compiled = torch.compile(gradient, backend="highway", options={"iterations": 0, "codegen": "eager"})
+    torch.testing.assert_close(compiled(x), gradient(x))
+
+
 def test_other_backends_are_as_before() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(6, 4, 3, dtype=torch.float64)

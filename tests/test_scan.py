@@ -124,8 +124,18 @@ def test_operator_checks(initial: bool, reverse: bool) -> None:
 
 def test_operands_that_do_not_fit() -> None:
     v = torch.randn(4, 3)
-    with pytest.raises(ValueError, match="number of dimensions"):
-        linear_scan(v, torch.rand(4))
+    for a, initial in (
+        (torch.rand(4), None),
+        (torch.rand(1, 3), None),
+        (torch.rand(3, 1), None),
+        (torch.rand(4, 2), None),
+        (torch.rand(4, 3), torch.rand(1)),
+        (torch.rand(4, 3), torch.rand(1, 3)),
+    ):
+        with pytest.raises(ValueError, match="broadcasts to it"):
+            linear_scan(v, a, initial)
+        with pytest.raises(ValueError, match="broadcasts to it"):
+            torch.ops.hwbp_compile.linear_scan(v, a, initial)
     with pytest.raises(ValueError, match="one floating-point dtype"):
         linear_scan(v, torch.rand(4, 3).double())
     with pytest.raises(ValueError, match="one floating-point dtype"):

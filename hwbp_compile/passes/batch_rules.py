@@ -21,7 +21,8 @@ def _reshape(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks:
 
 
 @batching_rule(
-    "sum mean amax split split_with_sizes unbind select slice transpose unsqueeze squeeze flip cumsum"
+    "sum mean amax split split_with_sizes unbind select slice transpose unsqueeze squeeze flip cumsum "
+    "prims::rev"
 )
 def _along_dimensions(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
     """Operators that name dimensions: each moves by one.

@@ -51,7 +51,11 @@ def _search(part: LinearPart, path: Sequence[Node], halvings: int) -> list[Found
     """Chains along ``path``; where too many other paths run beside it, along its two halves."""
     nodes = between(part, path[0], path[-1])
     by_size = [_chains_with_state(nodes, size) for size in range(1, MAX_STATE + 1)]
-    best = max(by_size, key=_longest)
+    best = by_size[0]
+    for larger in by_size[1:]:
+        # Inside a block with two branches two tensors are alive, and each branch would count as a block.
+        better = _longest(larger) > _longest(best) and _covered(larger) > 2 * _covered(best)
+        best = larger if better or _longest(best) < 2 <= _longest(larger) else best
     if _longest(best) > 1 or halvings == 0 or len(path) < 4:
         return best
     middle = _most_crowded(nodes, path)
@@ -65,6 +69,10 @@ def _search(part: LinearPart, path: Sequence[Node], halvings: int) -> list[Found
 
 def _longest(found: list[Found]) -> int:
     return max((len(f.blocks) for f in found), default=0)
+
+
+def _covered(found: list[Found]) -> int:
+    return max((sum(len(b.nodes) for b in f.blocks) for f in found), default=0)
 
 
 def _live_sets(nodes: list[Node]) -> Iterator[dict[Node, None]]:

@@ -79,10 +79,12 @@ def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[
             try:
                 with stage(GRADIENTS):
                     found = _rows_of(program(group), group)
-            except CannotRewrite as refusal:
-                log.info(
-                    "%d gradients such as %s stay one by one: %s", len(group.nodes), group.nodes[0], refusal
-                )
+            except _compat.restart_exceptions():
+                raise
+            except Exception as refusal:  # whatever it is, these gradients are right as they are
+                level = logging.INFO if isinstance(refusal, CannotRewrite) else logging.WARNING
+                gradients = f"{len(group.nodes)} gradients such as {group.nodes[0]}"
+                log.log(level, "%s stay one by one: %r", gradients, refusal)
                 continue
             rows.extend(found)
             replaced.extend(group.nodes[: len(found)])
@@ -113,7 +115,7 @@ def in_place_of(node: Node, row: Tensor) -> Tensor:
     """
     like = node.meta["val"]
     if not same_shape(row, like) or row.dtype != like.dtype:
-        raise RuntimeError(
+        raise CannotRewrite(
             f"{row.dtype}{tuple(row.shape)} cannot take the place of {node} ({value_text(node)})"
         )
     if like.is_contiguous():

@@ -63,7 +63,7 @@ register_linear(
     "movedim view_as_real view_as_complex real _conj conj_physical _fft_c2c _fft_r2c _fft_c2r",
     FIRST,
 )
-register_linear("prims::convert_element_type prims::view_of", FIRST)
+register_linear("prims::convert_element_type prims::view_of prims::rev", FIRST)
 register_linear("cat stack", FIRST)
 register_linear("where", _joint(1, 2))
 register_linear("slice_scatter select_scatter diagonal_scatter copy", _joint(0, 1))

@@ -42,23 +42,46 @@ class GradientGroup:
 
 
 class Owners:
-    """Which block each gradient belongs to: it depends on the tangents only through that block's values."""
+    """Which block each gradient belongs to: it depends on the tangents only through that block's values.
+
+    The cotangents of the states belong to no block; block p's own gradients may read numbers p and p + 1.
+    """
 
     def __init__(self, chain: Chain, part: LinearPart, taken: set[Node]) -> None:
         self.order = part.order
-        self.entries: dict[Node, tuple[int, int]] = {
+        self.states: dict[Node, tuple[int, int]] = {
             node: (p, i) for p, block in enumerate(chain.blocks) for i, node in enumerate(block.entry)
         }
-        self.of: dict[Node, int] = {node: p for node, (p, _) in self.entries.items()}
+        last = len(chain.blocks)
+        self.states.update((node, (last, i)) for i, node in enumerate(chain.blocks[-1].exit))
+        self.of: dict[Node, int] = {}
         for p, block in enumerate(chain.blocks):
-            self.of.update((node, p) for node in block.nodes if node not in block.exit)
+            self.of.update((node, p) for node in block.nodes if node not in self.states)
         for node in part.order:
-            if node in self.of or node in taken:
+            if node in self.of or node in self.states or node in taken:
                 continue
-            owners = {self.of.get(n) for n in part.dag.predecessors(node)}
-            if len(owners) == 1 and (owner := owners.pop()) is not None:
+            owner = self._owner(list(part.dag.predecessors(node)))
+            if owner is not None and owner < last:
                 self.of[node] = owner
         self._taken = taken
+
+    def _owner(self, operands: list[Node]) -> int | None:
+        """The block that computes something from these values alone, if there is one."""
+        owned = {self.of[n] for n in operands if n in self.of}
+        rows = {self.states[n][0] for n in operands if n in self.states}
+        if not operands or len(owned) > 1 or not all(n in self.of or n in self.states for n in operands):
+            return None
+        owner = owned.pop() if owned else min(rows)
+        return owner if rows <= {owner, owner + 1} else None
+
+    def state(self, node: Node, owner: int) -> tuple[int, int] | None:
+        """For a state's cotangent next to block ``owner``: 0 before it or 1 behind it, and the component."""
+        row, component = self.states.get(node, (-1, 0))
+        return (row - owner, component) if row in (owner, owner + 1) else None
+
+    def is_outside(self, node: Node, owner: int) -> bool:
+        """Whether a block reads this from somewhere else."""
+        return self.of.get(node) != owner and self.state(node, owner) is None
 
     def leaving(self) -> Iterator[tuple[Node, int]]:
         """Gradients that something outside of their block reads, with the block; in graph order by block."""
@@ -69,8 +92,8 @@ class Owners:
                 yield node, p
 
     def is_gradient(self, node: Node) -> bool:
-        """Whether a node is a block's own tensor, computed by it."""
-        return node in self.of and node not in self.entries and isinstance(node.meta.get("val"), Tensor)
+        """Whether a node is a block's own tensor."""
+        return node in self.of and isinstance(node.meta.get("val"), Tensor)
 
 
 def find_groups(chain: Chain, part: LinearPart, taken: set[Node]) -> tuple[Owners, list[GradientGroup]]:
@@ -130,25 +153,21 @@ class _Structure:
         stack = [root]
         while stack:
             node = stack[-1]
-            inner = [n for n in self._inside(node, owner) if n not in self._numbers]
-            if inner:
-                stack.extend(inner)
+            inner = [n for n in node.all_input_nodes if self._owners.of.get(n) == owner]
+            waiting = [n for n in inner if n not in self._numbers]
+            if waiting:
+                stack.extend(waiting)
                 continue
             stack.pop()
             self._numbers[node] = self._known.setdefault(self._key(node, owner), len(self._known))
         return self._numbers[root]
 
-    def _inside(self, node: Node, owner: int) -> list[Node]:
-        if node in self._owners.entries:
-            return []
-        return [n for n in node.all_input_nodes if self._owners.of.get(n) == owner]
-
     def _key(self, node: Node, owner: int) -> tuple[Any, ...]:
-        if node in self._owners.entries:
-            return ("entry", self._owners.entries[node][1])
-
         def name(n: Node) -> Any:
-            return f"#{self._numbers[n]}" if self._owners.of.get(n) == owner else f"({value_text(n)})"
+            if self._owners.of.get(n) == owner:
+                return f"#{self._numbers[n]}"
+            state = self._owners.state(n, owner)
+            return f"({value_text(n)})" if state is None else f"state{state}"
 
         arguments = str(map_arg((node.args, node.kwargs), name))
         return (str(node.target), arguments, value_text(node))
@@ -224,22 +243,18 @@ class GradientProgram(Replay[Column]):
 
     def is_leaf(self, key: Column) -> bool:
         """Whether these are cotangents of states, or not the blocks' own."""
-        return key[0] in self._owners.entries or not self._is_inside(key)
+        return not all(self._owners.of.get(n) == p for n, p in zip(key, self._blocks, strict=True))
 
     def leaf(self, key: Column) -> Any:
         """Cotangents of states are rows of ``w``; what differs between the blocks is stacked."""
-        if self._is_inside(key):
-            component = self._owners.entries[key[0]][1]
-            return Stacked(gather(self._w[component], list(self._blocks)))
-        nodes = [self._same(n) for n in key]
-        first = self._outer(nodes[0])
-        if all(n is nodes[0] for n in nodes) or not isinstance(first, Tensor):
+        states = {self._owners.state(n, p) for n, p in zip(key, self._blocks, strict=True)}
+        if len(states) == 1 and (state := states.pop()) is not None:
+            side, component = state
+            return Stacked(gather(self._w[component], [p + side for p in self._blocks]))
+        first = self._outer(key[0])
+        if len({self._same(n) for n in key}) == 1 or not isinstance(first, Tensor):
             return first
-        return Stacked(torch.stack([self._outer(n) for n in nodes]))
-
-    def _is_inside(self, column: Column) -> bool:
-        """Whether each of these nodes is its block's own."""
-        return all(self._owners.of.get(n) == p for n, p in zip(column, self._blocks, strict=True))
+        return Stacked(torch.stack([self._outer(n) for n in key]))
 
 
 def _ancestors(owners: Owners, groups: list[GradientGroup]) -> set[Node]:
@@ -248,8 +263,6 @@ def _ancestors(owners: Owners, groups: list[GradientGroup]) -> set[Node]:
     stack = list(seen)
     while stack:
         node = stack.pop()
-        if node in owners.entries:
-            continue
         for n in node.all_input_nodes:
             if n not in seen and owners.of.get(n) == owners.of[node]:
                 seen.add(n)
@@ -260,10 +273,9 @@ def _ancestors(owners: Owners, groups: list[GradientGroup]) -> set[Node]:
 def read_by(owners: Owners, groups: list[GradientGroup]) -> dict[Node, None]:
     """What the groups read from outside of their blocks, in order."""
     found: dict[Node, None] = {}
-    nodes = _ancestors(owners, groups)
-    for node in sorted((n for n in nodes if n not in owners.entries), key=owners.order.__getitem__):
+    for node in sorted(_ancestors(owners, groups), key=owners.order.__getitem__):
         for operand in node.all_input_nodes:
-            if owners.of.get(operand) != owners.of[node]:
+            if owners.is_outside(operand, owners.of[node]):
                 found.setdefault(operand)
     return found
 

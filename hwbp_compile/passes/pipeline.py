@@ -85,7 +85,10 @@ def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
             if outcome.schedule is None:
                 done[i] = outcome
             elif closes_a_cycle(outcome.schedule, renamed):
-                done[i] = Outcome(outcome.found, "it depends on another rewritten chain that depends on it")
+                done[i] = Outcome(
+                    outcome.found,
+                    "what it reads depends on its own result, by way of another rewritten chain",
+                )
             else:
                 new = insert_schedule(graph, outcome.schedule, renamed)
                 done[i] = Outcome(outcome.found, "", outcome.schedule, tuple(new))

@@ -35,26 +35,40 @@ def linear_scan(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bo
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    if v.dim() == 0 or a.dim() != v.dim():
+    result: Tensor = torch.ops.hwbp_compile.linear_scan.default(v, a, initial, reverse)
+    return result
+
+
+def _check(v: Tensor, a: Tensor, initial: Tensor | None) -> None:
+    """Raise ValueError for operands that do not fit: a kernel would read past their ends."""
+    fits = (
+        v.dim() > 0
+        and a.dim() == v.dim()
+        and a.shape[0] == v.shape[0]
+        and all(n in (1, m) for n, m in zip(a.shape[1:], v.shape[1:], strict=True))
+        and (initial is None or initial.shape == v.shape[1:])
+    )
+    if not fits:
+        start = "" if initial is None else f", initial {tuple(initial.shape)}"
         raise ValueError(
-            f"linear_scan needs v and a with the same number of dimensions, at least one, but they have "
-            f"{v.dim()} and {a.dim()}."
+            "linear_scan needs v [T, ...], a [T, ...] that broadcasts to it and initial like a row of v, but "
+            f"their shapes are v {tuple(v.shape)}, a {tuple(a.shape)}{start}."
         )
     tensors = [a] if initial is None else [a, initial]
     if not v.dtype.is_floating_point or any(x.dtype != v.dtype or x.device != v.device for x in tensors):
         found = ", ".join(f"{x.dtype} on {x.device}" for x in (v, *tensors))
         raise ValueError(f"linear_scan needs tensors of one floating-point dtype on one device, not {found}.")
-    result: Tensor = torch.ops.hwbp_compile.linear_scan.default(v, a, initial, reverse)
-    return result
 
 
 @torch.library.impl("hwbp_compile::linear_scan", "default")
 def _anywhere(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
+    _check(v, a, initial)
     return loop.linear_scan(v, a, initial, reverse)
 
 
 @torch.library.impl("hwbp_compile::linear_scan", "cpu")
 def _cpu(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
+    _check(v, a, initial)
     kernel = cpp.kernel(v.dtype) if v.numel() else None
     if kernel is None:
         return loop.linear_scan(v, a, initial, reverse)
@@ -63,6 +77,7 @@ def _cpu(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = Fa
 
 @torch.library.register_fake("hwbp_compile::linear_scan")
 def _fake(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
+    _check(v, a, initial)
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
