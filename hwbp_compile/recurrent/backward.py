@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import CannotRewrite
 from ..passes.batch import Stacked, rows_of
 from ..passes.program import BlockProgram
 from ..scan import linear_scan
@@ -17,7 +18,11 @@ from ..solvers import solve
 from ..stage import GRADIENTS, stage
 from .cell_graph import CellGraph, linear_in, trace_cell
 from .cells import Step
+from .exact import one_matrix, sweep
 from .time_system import CellReplay, TimeSystem, stack_carries
+
+EXACT = -1
+"""In place of a number of iterations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +87,19 @@ def layer_backward(
     none_reaches_the_start = torch.zeros_like(of_output[:1])
     later = torch.cat([of_output[:-1].flip(0), none_reaches_the_start])
     system = TimeSystem(cell, replay, steps, tuple(first), (later, *(None for _ in carry[1:])))
-    w = solve(
-        system,
-        iterations=settings.iterations,
-        gamma=settings.gamma,
-        group_size=settings.group_size,
-        exact_tail=settings.exact_tail,
-    )
+    if settings.iterations == EXACT:
+        form = one_matrix(cell)
+        if form is None:
+            raise CannotRewrite("a step's state does not pass one diagonal and one matrix")
+        w: tuple[Tensor, ...] = (sweep(cell, form, replay, of_output).flip(0),)
+    else:
+        w = solve(
+            system,
+            iterations=settings.iterations,
+            gamma=settings.gamma,
+            group_size=settings.group_size,
+            exact_tail=settings.exact_tail,
+        )
     with stage(GRADIENTS):
         of_inputs, of_weights = system.gradients(w)
     return LayerGradients(of_inputs, [component[-1] for component in w], of_weights)

@@ -1,19 +1,24 @@
 """``hwbp_compile::recurrent_layer``: one layer of a recurrent network in one direction, as one operator.
 
-Forward is torch's own inference kernel. Nothing but inputs and outputs is saved for the backward pass, which
-is made of ordinary operators, so that what compiles the model compiles it too.
+Forward is torch's own inference kernel, or ours where that is faster. Nothing but inputs and outputs is saved
+for the backward pass, which is made of ordinary operators, so that what compiles the model compiles it too.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import CannotRewrite
 from ..stage import TIME, stage
-from .backward import Settings, layer_backward
+from . import gru_cpp, sweep_cpp
+from .backward import EXACT, Settings, layer_backward
 from .cells import STEPS
+
+log = logging.getLogger(__name__)
 
 torch.library.define(
     "hwbp_compile::recurrent_layer",
@@ -27,9 +32,6 @@ torch.library.define(
     "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor of_output, Tensor? of_cell) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-EXACT = -1
-"""In place of a number of iterations: the library's own backward pass."""
 
 
 def recurrent_layer(
@@ -65,6 +67,10 @@ def _forward(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if kind == "gru" and x.is_cpu and carry[0].shape[1] <= gru_cpp.WIDEST:
+            run = gru_cpp.kernel(x.dtype)
+            if run is not None:
+                return gru_cpp.forward(run, x, carry[0], weights), x.new_empty(0)
         y, c = _library(x, carry, weights, kind, training=False)
     return y.contiguous(), x.new_empty(0) if c is None else c.clone()
 
@@ -117,26 +123,38 @@ def _fake(
     return y, torch.empty_like(carry[1]) if kind == "lstm" else x.new_empty(0)
 
 
+def _has_sweep(kind: str, x: Tensor, carry: list[Tensor]) -> bool:
+    """Whether an exact sweep of ours beats the library's backward pass, for which forward runs once more."""
+    small = kind == "gru" and x.device.type == "cpu" and carry[0].shape[1] <= gru_cpp.WIDEST
+    return small and sweep_cpp.kernel(x.dtype) is not None
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, carry, weights, kind, *settings = inputs
     ctx.save_for_backward(x, output[0], *carry, *weights)
     ctx.carries, ctx.kind, ctx.settings = len(carry), kind, Settings(*settings)
 
 
-def _backward(ctx: Any, of_output: Tensor, of_cell: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, of_output: Tensor, of_cell: Tensor | None) -> tuple[Any, ...]:
     x, output, *rest = ctx.saved_tensors
     carry, weights = rest[: ctx.carries], rest[ctx.carries :]
-    if ctx.settings.iterations == EXACT:
-        cell = of_cell if ctx.kind == "lstm" else None
-        of_x, *others = torch.ops.hwbp_compile.recurrent_layer_exact_backward.default(
-            x, carry, weights, ctx.kind, of_output, cell
-        )
-        return of_x, others[: ctx.carries], others[ctx.carries :], *(None for _ in range(5))
-    of_last = [None, of_cell][: ctx.carries]
-    # What autocast has to cast was cast before the layer.
-    with stage(TIME), torch.autocast(x.device.type, enabled=False):
-        found = layer_backward(STEPS[ctx.kind], [x], carry, weights, output, of_output, of_last, ctx.settings)
-    return found.inputs[0], found.carry, found.weights, *(None for _ in range(5))
+    of_cell = of_cell if ctx.kind == "lstm" else None
+    constants = (None,) * 5
+    if ctx.settings.iterations != EXACT or _has_sweep(ctx.kind, x, carry):
+        of_last = [None, of_cell][: ctx.carries]
+        try:
+            # What autocast has to cast was cast before the layer.
+            with stage(TIME), torch.autocast(x.device.type, enabled=False):
+                step = STEPS[ctx.kind]
+                found = layer_backward(step, [x], carry, weights, output, of_output, of_last, ctx.settings)
+            return found.inputs[0], found.carry, found.weights, *constants
+        except CannotRewrite as refusal:
+            # Such as a layer of one hidden unit, in which no product is left.
+            log.info("The library's backward pass is used for a recurrent layer: %s", refusal)
+    of_x, *others = torch.ops.hwbp_compile.recurrent_layer_exact_backward.default(
+        x, carry, weights, ctx.kind, of_output, of_cell
+    )
+    return of_x, others[: ctx.carries], others[ctx.carries :], *constants
 
 
 torch.library.register_autograd("hwbp_compile::recurrent_layer", _backward, setup_context=_setup)

@@ -31,6 +31,10 @@ class CellReplay(Replay[Node]):
         self._values.update(given)
         self._steps = steps
 
+    def copy(self) -> CellReplay:
+        """Another one that knows and has evaluated the same."""
+        return CellReplay(self._values, self._steps)
+
     def give(self, node: Node, value: Any) -> None:
         """Add to what is known."""
         self._values[node] = value
