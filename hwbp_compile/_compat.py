@@ -230,6 +230,11 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[...,
     from torch._dynamo.variables.builder import VariableBuilder
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
+    original = VariableBuilder._wrap
+    if hasattr(original, mark):
+        return
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+
     def marked(tx: Any) -> bool:
         backend = tx.output.compiler_fn
         while backend is not None and not hasattr(backend, mark):
@@ -269,14 +274,10 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[...,
 
         return handle
 
-    handlers = TorchInGraphFunctionVariable._get_handlers()
     handlers.update({function: handler(replacement) for function, replacement in replacements.items()})
     # Dynamo fails on these in 2.11. Without us it never gets there: the refused module ends its frame.
     vf: Any = torch._VF
     handlers.update(dict.fromkeys((vf._pack_padded_sequence, vf._pad_packed_sequence), break_at_packed))
-    original = VariableBuilder._wrap
-    if hasattr(original, mark):
-        return
 
     def wrap(self: Any, value: Any) -> Any:
         if (

@@ -92,7 +92,10 @@ def install() -> None:
     """Let recurrent modules in, from now on, where the backend carries :data:`MARK`."""
     replacements = {getattr(torch._VF, kind): _one_state(kind) for kind in ("gru", "rnn_tanh", "rnn_relu")}
     replacements[torch._VF.lstm] = _lstm
-    _compat.let_recurrent_modules_in(MARK, replacements)
+    try:
+        _compat.let_recurrent_modules_in(MARK, replacements)
+    except (ImportError, AttributeError) as error:  # Dynamo's inside has changed; all else still works
+        log.warning("Recurrent modules stay outside of compiled graphs with this version of torch: %r", error)
 
 
 @dataclass(frozen=True, slots=True)
