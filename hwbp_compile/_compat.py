@@ -218,11 +218,11 @@ def _compose(user_passes: tuple[Any, ...], graph_pass: GraphPass) -> Any:
     return Composed()
 
 
-def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[..., Any]]) -> None:
+def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[..., Any]]) -> None:
     """Have Dynamo trace recurrent modules where the backend has the attribute ``mark``, and only there.
 
     It refuses them because the library functions they call would be unrolled over time. There, the functions
-    are replaced; where a sequence is packed, the graph breaks and the function runs as it is.
+    are replaced, by name; where a sequence is packed, the graph breaks and the function runs as it is.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import unimplemented
@@ -274,9 +274,9 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[Any, Callable[...,
 
         return handle
 
-    handlers.update({function: handler(replacement) for function, replacement in replacements.items()})
-    # Dynamo fails on these in 2.11. Without us it never gets there: the refused module ends its frame.
     vf: Any = torch._VF
+    handlers.update({getattr(vf, name): handler(replacement) for name, replacement in replacements.items()})
+    # Dynamo fails on these in 2.11. Without us it never gets there: the refused module ends its frame.
     handlers.update(dict.fromkeys((vf._pack_padded_sequence, vf._pad_packed_sequence), break_at_packed))
 
     def wrap(self: Any, value: Any) -> Any:

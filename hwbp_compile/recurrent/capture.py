@@ -90,8 +90,8 @@ def _lstm(
 
 def install() -> None:
     """Let recurrent modules in, from now on, where the backend carries :data:`MARK`."""
-    replacements = {getattr(torch._VF, kind): _one_state(kind) for kind in ("gru", "rnn_tanh", "rnn_relu")}
-    replacements[torch._VF.lstm] = _lstm
+    replacements = {kind: _one_state(kind) for kind in ("gru", "rnn_tanh", "rnn_relu")}
+    replacements["lstm"] = _lstm
     try:
         _compat.let_recurrent_modules_in(MARK, replacements)
     except (ImportError, AttributeError) as error:  # Dynamo's inside has changed; all else still works
