@@ -66,6 +66,15 @@ def trace_shapes(
     return traced
 
 
+@contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Whatever is being traced around this context sees nothing of it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
 def graph_being_traced() -> fx.Graph | None:
     """The graph that is being made around this call, if there is one."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from reference import Settings, Step, reference_run
 from torch import Tensor, nn
 
-from hwbp_compile.recurrent import gru_cpp, sweep_cpp
+from hwbp_compile.recurrent import layer as layers
 from hwbp_compile.recurrent.backward import EXACT
-from hwbp_compile.recurrent.cell_graph import trace_cell
 from hwbp_compile.recurrent.cells import STEPS
-from hwbp_compile.recurrent.exact import one_matrix
 from hwbp_compile.recurrent.layer import recurrent_layer
 
 TOLERANCE = 1e-10
@@ -260,75 +258,48 @@ def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> No
     assert relative_error(found, list(expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["gru", "lstm", "lstm with projection", "rnn_tanh"])
 @pytest.mark.parametrize("threads", [1, 3])
-@given(steps=st.integers(1, 5), batch=st.integers(1, 11), hidden=st.integers(1, 70), bias=st.booleans())
-def test_forward_kernel(
-    dtype: torch.dtype, threads: int, steps: int, batch: int, hidden: int, bias: bool
-) -> None:
-    module = nn.GRU(3, hidden, bias=bias).to(dtype)
-    x, h = torch.randn(batch, steps, 3, dtype=dtype).transpose(0, 1), 3 * torch.randn(batch, hidden).to(dtype)
-    run = gru_cpp.kernel(dtype)
-    assert run is not None
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        found = gru_cpp.forward(run, x, h, [p.detach() for p in module.parameters()])
-    finally:
-        torch.set_num_threads(before)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(found, module(x, h.unsqueeze(0))[0].detach(), rtol=tolerance, atol=tolerance)
-
-
 @given(
-    steps=st.integers(1, 9),
-    batch=st.integers(1, 9),
-    hidden=st.integers(1, 40),
+    steps=st.integers(1, 6),
+    batch=st.integers(1, 11),
+    hidden=st.sampled_from([1, 16, 35]),
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_exact_sweep(steps: int, batch: int, hidden: int, bias: bool, seed: int) -> None:
+def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bias: bool, seed: int) -> None:
+    """Forward and backward by kernels, of sizes that fill vectors, tiles and threads or do not."""
     torch.manual_seed(seed)
-    module = layer("gru", 3, hidden, bias=bias)
-    x, carry = data("gru", steps, batch, 3, module)
-    cotangents = [torch.randn(steps, batch, hidden, dtype=torch.float64)]
-    found = layer_gradients("gru", module, x, carry, cotangents, Settings(EXACT))
+    proj_size = 3 if "projection" in kind and hidden > 3 else 0
+    kind = kind.split()[0]
+    module = layer(kind, 3, hidden, bias=bias, **({"proj_size": proj_size} if proj_size else {}))
+    x, carry = data(kind, steps, batch, 3, module)
+    cotangents = [torch.randn(steps, *carry[0].shape).double(), torch.randn(carry[-1].shape).double()]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = layer_gradients(kind, module, x, carry, cotangents, Settings(EXACT))
+        initial = [c.unsqueeze(0) for c in carry]
+        expected_y, _ = module(x, initial[0] if len(initial) == 1 else tuple(initial))
+        y, _ = recurrent_layer(x, carry, list(module.parameters()), kind, EXACT)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(y, expected_y, rtol=TOLERANCE, atol=TOLERANCE)
     assert relative_error(found, torch_gradients(module, x, carry, cotangents)) <= TOLERANCE
 
 
-def test_cells_that_pass_one_matrix() -> None:
-    """What the exact sweep may be used for is seen from the cell's graph."""
-
-    def normalised(carry: Any, x: Any, weights: Any) -> Any:
-        h = torch.nn.functional.layer_norm(carry[0], carry[0].shape[-1:])
-        return ((carry[0] + torch.tanh(torch.nn.functional.linear(h, weights[1]))),)
-
-    def mixed_before(carry: Any, x: Any, weights: Any) -> Any:
-        """The gradient is permuted before the matrix, so it is no elementwise factor of it."""
-        return (carry[0] * 0.5 + torch.tanh(torch.nn.functional.linear(carry[0], weights[1])).flip(-1),)
-
-    h, x = torch.zeros(2, 5), torch.zeros(2, 5)
-    for step, size, expected in (
-        (STEPS["gru"], 15, True),
-        (normalised, 5, False),
-        (mixed_before, 5, False),
-        (STEPS["rnn_tanh"], 5, False),
-    ):
-        cell = trace_cell(step, [h], [x], [torch.zeros(size, 5), torch.zeros(size, 5)])
-        assert (one_matrix(cell) is not None) == expected, step
-
-
-def test_without_a_compiler_the_library_runs_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gru_cpp, "kernel", lambda dtype: None)
-    monkeypatch.setattr(sweep_cpp, "kernel", lambda dtype: None)
-    module = layer("gru", 3, 5)
-    x, h = torch.randn(4, 2, 3).double(), torch.randn(2, 5).double()
-    y, _ = recurrent_layer(x, [h], list(module.parameters()), "gru", 1)
-    torch.testing.assert_close(y, module(x, h.unsqueeze(0))[0])
-    cotangents = [torch.randn_like(y)]
-    x, h = x.requires_grad_(), h.requires_grad_()
-    found = layer_gradients("gru", module, x, [h], cotangents, Settings(EXACT))
-    assert relative_error(found, torch_gradients(module, x, [h], cotangents)) <= TOLERANCE
+@pytest.mark.parametrize("kind", ["gru", "lstm", "rnn_tanh"])
+@pytest.mark.parametrize("iterations", [EXACT, 2, 4])
+def test_where_there_are_no_kernels(kind: str, iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library runs forward; parallel in time, the gradient is what it is with kernels."""
+    module = layer(kind, 3, 5)
+    x, carry = data(kind, 4, 2, 3, module)
+    cotangents = [torch.randn(4, 2, 5).double(), torch.randn(2, 5).double()]
+    settings = Settings(iterations)
+    expected = layer_gradients(kind, module, x, carry, cotangents, settings)
+    monkeypatch.setattr(layers, "why_no_kernels", lambda *_: "no compiler")
+    found = layer_gradients(kind, module, x, carry, cotangents, settings)
+    assert relative_error(found, expected) <= TOLERANCE
 
 
 def test_unbatched_input() -> None:
@@ -424,15 +395,14 @@ def test_lengths_and_batches_that_change() -> None:
     assert sum(frames) == 1, frames
 
 
-def test_operator_checks() -> None:
-    for kind, n in (("gru", 1), ("lstm", 2)):
-        module = KINDS[kind](3, 4)
-        x = torch.randn(5, 2, 3, requires_grad=True)
-        carry = [torch.randn(2, 4, requires_grad=True) for _ in range(n)]
-        weights = list(module.parameters())
-        torch.library.opcheck(
-            torch.ops.hwbp_compile.recurrent_layer.default, (x, carry, weights, kind, 5, 0.0, 1, 0)
-        )
+@pytest.mark.parametrize("operator", ["recurrent_layer", "library_layer"])
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_operator_checks(operator: str, kind: str) -> None:
+    module = KINDS[kind](3, 4)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    carry = [torch.randn(2, 4, requires_grad=True) for _ in range(2 if kind == "lstm" else 1)]
+    arguments = (x, carry, list(module.parameters()), kind, 5, 0.0, 1, 0)
+    torch.library.opcheck(getattr(torch.ops.hwbp_compile, operator).default, arguments)
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

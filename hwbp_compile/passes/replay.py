@@ -76,8 +76,11 @@ class Replay(ABC, Generic[Key]):
             if name == "aten::mm":
                 a, b = map(self.value, operands)
                 if isinstance(a, Stacked) and isinstance(b, Stacked):
-                    left = a.value.permute(1, 0, 2).flatten(1, 2)
-                    return torch.ops.aten.mm.default(left, b.value.flatten(0, 1))
+                    left, right = a.value.permute(1, 0, 2).flatten(1, 2), b.value.flatten(0, 1)
+                    if self.node(key).meta["val"].shape[1] < self.node(key).meta["val"].shape[0]:
+                        # Libraries are several times slower at few columns than at few rows.
+                        return torch.ops.aten.mm.default(right.t(), left.t()).t()
+                    return torch.ops.aten.mm.default(left, right)
         value = self.value(key)
         return value.value.sum(0) if isinstance(value, Stacked) else value * self.members(key)
 

@@ -1,25 +1,22 @@
-"""The backward pass of a recurrent layer, parallel in time."""
+"""The backward pass of a recurrence: parallel in time by the iteration, or exact step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..errors import CannotRewrite
 from ..passes.batch import Stacked, rows_of
 from ..passes.program import BlockProgram
 from ..scan import linear_scan
 from ..solvers import solve
 from ..stage import GRADIENTS, stage
-from .cell_graph import CellGraph, linear_in, trace_cell
-from .cells import Step
-from .exact import one_matrix, sweep
-from .time_system import CellReplay, TimeSystem, stack_carries
+from .cell_graph import CellGraph, linear_in
+from .recurrence import kernel_program, recurrence
+from .time_system import CellReplay, TimeSystem
 
 EXACT = -1
 """In place of a number of iterations."""
@@ -36,63 +33,64 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerGradients:
-    """Gradients of the inputs ``[T, B, I]``, the initial carry and the weights; None where there is none."""
+class Cotangent:
+    """What reaches one component of the state from outside of the recurrence; None for zero."""
+
+    last: Tensor | None
+    """Of the last state, ``[B, ...]``."""
+    before: Tensor | None
+    """Of the states before it, the initial one included: ``[T, B, ...]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Of the inputs ``[T, ...]``, the initial carry and the weights; None where there is none."""
 
     inputs: list[Tensor | None]
     carry: list[Tensor]
     weights: list[Tensor | None]
 
 
-def layer_backward(
-    step: Step,
-    inputs: Sequence[Tensor],
-    carry: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    output: Tensor,
-    of_output: Tensor,
-    of_last: Sequence[Tensor | None],
+def replay_of(cell: CellGraph, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> CellReplay:
+    """A cell that knows its inputs (``[T, ...]`` each) and weights."""
+    given: dict[Node, object] = dict(zip(cell.weights, weights, strict=True))
+    given.update((node, Stacked(x)) for node, x in zip(cell.inputs, inputs, strict=True))
+    return CellReplay(given, inputs[0].shape[0])
+
+
+def cell_backward(
+    cell: CellGraph,
+    replay: CellReplay,
+    cotangents: Sequence[Cotangent],
     settings: Settings,
-) -> LayerGradients:
-    """Gradients of one layer in one direction by the iteration, all steps at once.
+    kernel: Callable[[Sequence[bool]], str],
+) -> Gradients:
+    """Gradients of a recurrence (the paper's Algorithm 1, with time for depth).
 
     The gates of all steps are computed again, in a few large products: the state that each step starts from
-    is known from the output.
+    is known.
 
     Args:
-        step: the cell.
-        inputs: each ``[T, B, I]``.
-        carry: the initial states; the output is the first of them over time.
-        weights: shared by all steps.
-        output: ``[T, B, H]``.
-        of_output: the cotangent of ``output``.
-        of_last: the cotangents of the last carry's components (the first is part of ``of_output``), or None.
+        cell: one step.
+        replay: knows the inputs, the weights, and the state that each step starts from.
+        cotangents: one per component of the state.
         settings: the solver's.
+        kernel: the name of the exact backward kernel, given which components have a ``before``.
 
     Raises:
-        CannotRewrite: the cell is not understood.
+        CannotRewrite: the cell is not understood, or there is no such kernel.
     """
-    steps = output.shape[0]
-    cell = trace_cell(step, carry, [x[0] for x in inputs], weights)
-    given: dict[Node, Any] = dict(zip(cell.weights, weights, strict=True))
-    given.update((node, Stacked(x)) for node, x in zip(cell.inputs, inputs, strict=True))
-    replay = CellReplay(given, steps)
-    replay.give(cell.carry[0], Stacked(stack_carries(carry[0], output)))
-    for component in range(1, len(carry)):
-        states = _states(cell, replay, component, carry[component], steps)
-        replay.give(cell.carry[component], Stacked(stack_carries(carry[component], states)))
-    first = [of_output[-1]]
-    for x, cotangent in zip(carry[1:], of_last[1:], strict=True):
-        first.append(torch.zeros_like(x) if cotangent is None else cotangent)
-    none_reaches_the_start = torch.zeros_like(of_output[:1])
-    later = torch.cat([of_output[:-1].flip(0), none_reaches_the_start])
-    system = TimeSystem(cell, replay, steps, tuple(first), (later, *(None for _ in carry[1:])))
+    first = tuple(
+        torch.zeros(x.meta["val"].shape, dtype=x.meta["val"].dtype, device=x.meta["val"].device)
+        if c.last is None
+        else c.last
+        for c, x in zip(cotangents, cell.carry, strict=True)
+    )
     if settings.iterations == EXACT:
-        form = one_matrix(cell)
-        if form is None:
-            raise CannotRewrite("a step's state does not pass one diagonal and one matrix")
-        w: tuple[Tensor, ...] = (sweep(cell, form, replay, of_output).flip(0),)
+        after, carry = _exact(cell, replay, first, [c.before for c in cotangents], kernel)
     else:
+        later = tuple(None if c.before is None else c.before.flip(0) for c in cotangents)
+        system = TimeSystem(cell, replay, replay.steps, first, later)
         w = solve(
             system,
             iterations=settings.iterations,
@@ -100,16 +98,70 @@ def layer_backward(
             group_size=settings.group_size,
             exact_tail=settings.exact_tail,
         )
+        after, carry = [component[:-1].flip(0) for component in w], [component[-1] for component in w]
     with stage(GRADIENTS):
-        of_inputs, of_weights = system.gradients(w)
-    return LayerGradients(of_inputs, [component[-1] for component in w], of_weights)
+        of_inputs, of_weights = _gradients(cell, replay, after)
+    return Gradients(of_inputs, carry, of_weights)
 
 
-def _states(cell: CellGraph, replay: CellReplay, component: int, initial: Tensor, steps: int) -> Tensor:
-    """All states of a component that is linear in itself, like an LSTM's cell: one scan."""
+def _exact(
+    cell: CellGraph,
+    replay: CellReplay,
+    first: Sequence[Tensor],
+    before: Sequence[Tensor | None],
+    kernel: Callable[[Sequence[bool]], str],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The cotangents after each step, and of the initial state. What is no sweep is done for all steps."""
+    added = [x is not None for x in before]
+    u = run(cell, replay, kernel(added), first, [x for x in before if x is not None], reverse=True)
+    return [x[1:] for x in u], [x[0] for x in u]
+
+
+def run(
+    cell: CellGraph,
+    replay: CellReplay,
+    kernel: str,
+    initial: Sequence[Tensor],
+    more: Sequence[Tensor] = (),
+    *,
+    reverse: bool,
+) -> list[Tensor]:
+    """Run a kernel on what the replay knows, ``more`` being the last inputs, and let it know what is emitted.
+
+    Returns:
+        Each component of the state over time, ``[T + 1, ...]``.
+    """
+    program = kernel_program(kernel)
+    read = [cell.nodes[i] for i in program.read]
+    inputs = [*(rows_of(replay.value(n), n.meta["val"], replay.steps) for n in read), *more]
+    shared = [replay.value(cell.nodes[i]) for i in program.read_shared]
+    states, emitted = recurrence(initial, inputs, shared, kernel, reverse=reverse)
+    for i, x in zip(program.emitted, emitted, strict=True):
+        replay.give(cell.nodes[i], Stacked(x))
+    return states
+
+
+def _gradients(
+    cell: CellGraph, replay: CellReplay, after: Sequence[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of the inputs, over time, and of the weights, from the cotangents after each step."""
+    for node, cotangent in zip(cell.block.entry, after, strict=True):
+        replay.give(node, Stacked(cotangent))
+    of_inputs = [
+        None if node is None else rows_of(replay.value(node), x.meta["val"], replay.steps)
+        for node, x in zip(cell.of_inputs, cell.inputs, strict=True)
+    ]
+    of_weights = [None if node is None else replay.total(node) for node in cell.of_weights]
+    return of_inputs, of_weights
+
+
+def states_of(cell: CellGraph, replay: CellReplay, component: int, initial: Tensor) -> Tensor:
+    """All states of a component that is linear in itself, like an LSTM's cell: one scan, ``[T, ...]``."""
     found = linear_in(cell, component)
     assert found is not None, "only such cells have a second component here"
-    program = BlockProgram(*found, replay.value, steps)
+    program = BlockProgram(*found, replay.value, replay.steps)
     ((factor,),), (term,) = program.residual(), program.direct()
-    coefficient = initial.new_ones((steps, *(1,) * initial.dim())) if factor == 1.0 else factor
-    return linear_scan(rows_of(term, initial, steps), rows_of(coefficient, initial, steps), initial)
+    coefficient = initial.new_ones((replay.steps, *(1,) * initial.dim())) if factor == 1.0 else factor
+    return linear_scan(
+        rows_of(term, initial, replay.steps), rows_of(coefficient, initial, replay.steps), initial
+    )

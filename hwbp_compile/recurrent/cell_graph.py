@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from ..passes.split import Split, split
 from .cells import Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CellGraph:
     """One step, forward and backward, as a graph, and the block that its backward is.
 
@@ -34,6 +36,34 @@ class CellGraph:
     split: Split
     of_inputs: tuple[Node | None, ...]
     of_weights: tuple[Node | None, ...]
+
+    @property
+    def forward(self) -> Block:
+        """The step forward, as a block from one carry to the next."""
+        return Block(self.carry, self.following, _between(self.graph, self.carry, self.following))
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """Equal for graphs of the same operators in the same arrangement, whatever the sizes."""
+        index = {node: i for i, node in enumerate(self.graph.nodes)}
+        lines = [
+            (str(n.target), [index[x] for x in n.all_input_nodes]) for n in index if n.op != "placeholder"
+        ]
+        return hashlib.sha256(str(lines).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """All of them, in order."""
+        return tuple(self.graph.nodes)
+
+    @functools.cached_property
+    def differing(self) -> frozenset[Node]:
+        """The nodes whose values differ between the steps, apart from what depends on a cotangent."""
+        reached = {*self.carry, *self.inputs}
+        for node in self.graph.nodes:
+            if any(n in reached for n in node.all_input_nodes):
+                reached.add(node)
+        return frozenset(reached)
 
 
 def trace_cell(

@@ -58,3 +58,4 @@ def rnn_relu(carry: Tensors, x: Tensors, weights: Tensors) -> Tensors:
 
 
 STEPS: dict[str, Step] = {"gru": gru, "lstm": lstm, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu}
+"""By the name under which operators know a cell; :mod:`.capture` adds the user's own."""

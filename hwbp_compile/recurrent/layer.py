@@ -1,7 +1,8 @@
-"""``hwbp_compile::recurrent_layer``: one layer of a recurrent network in one direction, as one operator.
+"""``hwbp_compile::recurrent_layer``: one layer of a recurrent network in one direction.
 
-Forward is torch's own inference kernel, or ours where that is faster. Nothing but inputs and outputs is saved
-for the backward pass, which is made of ordinary operators, so that what compiles the model compiles it too.
+Where there are kernels for it, it is a :mod:`recurrence <.function>`. Elsewhere its forward is torch's own
+inference kernel; nothing but inputs and outputs is saved for the backward pass, which is made of ordinary
+operators.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ import torch
 from torch import Tensor
 
 from ..errors import CannotRewrite
+from ..passes.batch import Stacked
 from ..stage import TIME, stage
-from . import gru_cpp, sweep_cpp
-from .backward import EXACT, Settings, layer_backward
+from .backward import EXACT, Cotangent, Settings, cell_backward, replay_of, states_of
+from .cell_graph import trace_cell
 from .cells import STEPS
+from .function import recurrent_cell, why_no_kernels
 
 log = logging.getLogger(__name__)
 
-torch.library.define(
-    "hwbp_compile::recurrent_layer",
-    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, int iterations, float gamma, int group_size, "
-    "int exact_tail) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+WIDEST = 256
+"""Hidden units up to which our kernels are as fast as the library's operators or faster."""
+
+for _name, _results in (("recurrent_layer", "(Tensor, Tensor)"), ("library_layer", "(Tensor, Tensor)")):
+    torch.library.define(
+        f"hwbp_compile::{_name}",
+        "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, int iterations, float gamma, "
+        f"int group_size, int exact_tail) -> {_results}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 torch.library.define(
-    "hwbp_compile::recurrent_layer_exact_backward",
+    "hwbp_compile::library_layer_backward",
     "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor of_output, Tensor? of_cell) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -62,15 +69,31 @@ def recurrent_layer(
     return result
 
 
-@torch.library.impl("hwbp_compile::recurrent_layer", "default")
+@torch.library.impl("hwbp_compile::recurrent_layer", "CompositeImplicitAutograd")
+def _recurrent_layer(
+    x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    if not _library_is_faster(x, carry):
+        reason = why_no_kernels(kind, [x[0]], carry, weights)
+        if not reason:
+            states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
+            return states[0][1:], last[-1] if kind == "lstm" else x.new_empty(0)
+        log.info("The library's forward pass is used for a recurrent layer: %s", reason)
+    result: tuple[Tensor, Tensor] = torch.ops.hwbp_compile.library_layer.default(
+        x, carry, weights, kind, *settings
+    )
+    return result
+
+
+def _library_is_faster(x: Tensor, carry: list[Tensor]) -> bool:
+    return x.device.type != "cpu" or carry[-1].shape[1] > WIDEST
+
+
+@torch.library.impl("hwbp_compile::library_layer", "default")
 def _forward(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kind == "gru" and x.is_cpu and carry[0].shape[1] <= gru_cpp.WIDEST:
-            run = gru_cpp.kernel(x.dtype)
-            if run is not None:
-                return gru_cpp.forward(run, x, carry[0], weights), x.new_empty(0)
         y, c = _library(x, carry, weights, kind, training=False)
     return y.contiguous(), x.new_empty(0) if c is None else c.clone()
 
@@ -86,7 +109,7 @@ def _library(
     return getattr(torch, kind)(x, initial[0], weights, *settings)[0], None
 
 
-@torch.library.impl("hwbp_compile::recurrent_layer_exact_backward", "default")
+@torch.library.impl("hwbp_compile::library_layer_backward", "default")
 def _exact_backward(
     x: Tensor,
     carry: list[Tensor],
@@ -108,25 +131,19 @@ def _exact_backward(
     ]
 
 
-@torch.library.register_fake("hwbp_compile::recurrent_layer_exact_backward")
+@torch.library.register_fake("hwbp_compile::library_layer_backward")
 def _exact_fake(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
 ) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *carry, *weights)]
 
 
-@torch.library.register_fake("hwbp_compile::recurrent_layer")
+@torch.library.register_fake("hwbp_compile::library_layer")
 def _fake(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty((x.shape[0], *carry[0].shape))
     return y, torch.empty_like(carry[1]) if kind == "lstm" else x.new_empty(0)
-
-
-def _has_sweep(kind: str, x: Tensor, carry: list[Tensor]) -> bool:
-    """Whether an exact sweep of ours beats the library's backward pass, for which forward runs once more."""
-    small = kind == "gru" and x.device.type == "cpu" and carry[0].shape[1] <= gru_cpp.WIDEST
-    return small and sweep_cpp.kernel(x.dtype) is not None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -140,21 +157,44 @@ def _backward(ctx: Any, of_output: Tensor, of_cell: Tensor | None) -> tuple[Any,
     carry, weights = rest[: ctx.carries], rest[ctx.carries :]
     of_cell = of_cell if ctx.kind == "lstm" else None
     constants = (None,) * 5
-    if ctx.settings.iterations != EXACT or _has_sweep(ctx.kind, x, carry):
-        of_last = [None, of_cell][: ctx.carries]
+    if ctx.settings.iterations != EXACT:
         try:
             # What autocast has to cast was cast before the layer.
             with stage(TIME), torch.autocast(x.device.type, enabled=False):
-                step = STEPS[ctx.kind]
-                found = layer_backward(step, [x], carry, weights, output, of_output, of_last, ctx.settings)
+                found = _parallel(x, carry, weights, output, of_output, of_cell, ctx.kind, ctx.settings)
             return found.inputs[0], found.carry, found.weights, *constants
         except CannotRewrite as refusal:
             # Such as a layer of one hidden unit, in which no product is left.
             log.info("The library's backward pass is used for a recurrent layer: %s", refusal)
-    of_x, *others = torch.ops.hwbp_compile.recurrent_layer_exact_backward.default(
+    of_x, *others = torch.ops.hwbp_compile.library_layer_backward.default(
         x, carry, weights, ctx.kind, of_output, of_cell
     )
     return of_x, others[: ctx.carries], others[ctx.carries :], *constants
 
 
-torch.library.register_autograd("hwbp_compile::recurrent_layer", _backward, setup_context=_setup)
+def _parallel(
+    x: Tensor,
+    carry: list[Tensor],
+    weights: list[Tensor],
+    output: Tensor,
+    of_output: Tensor,
+    of_cell: Tensor | None,
+    kind: str,
+    settings: Settings,
+) -> Any:
+    cell = trace_cell(STEPS[kind], carry, [x[0]], weights)
+    replay = replay_of(cell, [x], weights)
+    replay.give(cell.carry[0], Stacked(torch.cat([carry[0].unsqueeze(0), output[:-1]])))
+    cotangents = [Cotangent(of_output[-1], torch.cat([torch.zeros_like(of_output[:1]), of_output[:-1]]))]
+    if kind == "lstm":
+        states = states_of(cell, replay, 1, carry[1])
+        replay.give(cell.carry[1], Stacked(torch.cat([carry[1].unsqueeze(0), states[:-1]])))
+        cotangents.append(Cotangent(of_cell, None))
+
+    def no_kernel(added: Any) -> str:
+        raise CannotRewrite("the library's backward pass is exact")
+
+    return cell_backward(cell, replay, cotangents, settings, no_kernel)
+
+
+torch.library.register_autograd("hwbp_compile::library_layer", _backward, setup_context=_setup)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -29,11 +28,7 @@ class CellReplay(Replay[Node]):
     def __init__(self, given: Mapping[Node, Any], steps: int) -> None:
         super().__init__()
         self._values.update(given)
-        self._steps = steps
-
-    def copy(self) -> CellReplay:
-        """Another one that knows and has evaluated the same."""
-        return CellReplay(self._values, self._steps)
+        self.steps = steps
 
     def give(self, node: Node, value: Any) -> None:
         """Add to what is known."""
@@ -57,7 +52,7 @@ class CellReplay(Replay[Node]):
 
     def members(self, key: Node) -> int:
         """All steps."""
-        return self._steps
+        return self.steps
 
 
 class TimeSystem:
@@ -111,19 +106,3 @@ class TimeSystem:
         return ResidualPath(
             tuple(tuple(coefficient(e, x) for e in row) for row, x in zip(parts, self.first, strict=True))
         )
-
-    def gradients(self, w: State) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Gradients of the inputs, stacked in the order of time, and of the weights, from the solution."""
-        for node, component in zip(self._cell.block.entry, w, strict=True):
-            self._replay.give(node, Stacked(component[:-1].flip(0)))
-        of_inputs = [
-            None if node is None else rows_of(self._replay.value(node), x.meta["val"], self.blocks)
-            for node, x in zip(self._cell.of_inputs, self._cell.inputs, strict=True)
-        ]
-        of_weights = [None if node is None else self._replay.total(node) for node in self._cell.of_weights]
-        return of_inputs, of_weights
-
-
-def stack_carries(initial: Tensor, following: Tensor) -> Tensor:
-    """The carry that each step starts from, ``[T, ...]``, from the one that each ends with."""
-    return torch.cat([initial.unsqueeze(0), following[:-1]])

@@ -1,0 +1,147 @@
+"""``hwbp_compile::recurrent_cell``: a recurrence of any cell, differentiable.
+
+It is made of ordinary operators but for the loops over time, which are kernels, so that what compiles the
+model compiles the rest. What does not depend on the state is computed for all steps at once; backward, so is
+everything but the sweep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CannotRewrite
+from ..passes.batch import Stacked
+from ..stage import TIME, stage
+from .backward import EXACT, Cotangent, Settings, cell_backward, replay_of, run
+from .cell_graph import trace_cell
+from .cells import STEPS
+from .recurrence import kernel_name, kernel_program
+
+log = logging.getLogger(__name__)
+
+torch.library.define(
+    "hwbp_compile::recurrent_cell",
+    "(Tensor[] inputs, Tensor[] carry, Tensor[] weights, str cell, int iterations, float gamma, "
+    "int group_size, int exact_tail) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Recurrence(torch.autograd.Function):
+    """All states of a recurrence, ``[T + 1, ...]`` per component of the state, and again the last ones."""
+
+    @staticmethod
+    def forward(ctx: Any, key: str, settings: Settings, counts: tuple[int, int], *tensors: Tensor) -> Any:
+        """Run the steps; see :func:`recurrent_cell`."""
+        inputs, carry, weights = _parts(tensors, counts)
+        first = [x[0] for x in inputs]
+        cell = trace_cell(STEPS[key], carry, first, weights)
+        emit = any(ctx.needs_input_grad)
+        name = kernel_name(key, cell, carry, first, weights, emit=emit)
+        replay = replay_of(cell, inputs, weights)
+        states = run(cell, replay, name, carry, reverse=False)
+        emitted = [cell.nodes[i] for i in kernel_program(name).emitted]
+        ctx.save_for_backward(*inputs, *states, *weights, *(replay.value(n).value for n in emitted))
+        ctx.cell, ctx.key, ctx.settings, ctx.counts = cell, key, settings, (*counts, len(weights))
+        ctx.emitted = emitted
+        ctx.set_materialize_grads(False)
+        return (*states, *(x[-1].clone() for x in states))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Gradients of the inputs, the carry and the weights."""
+        inputs, states, weights, emitted = _parts(ctx.saved_tensors, ctx.counts)
+        n, cell = len(states), ctx.cell
+        cotangents = []
+        for over_time, last in zip(grads[:n], grads[n:], strict=True):
+            if over_time is not None:
+                last = over_time[-1] if last is None else over_time[-1] + last
+            cotangents.append(Cotangent(last, None if over_time is None else over_time[:-1]))
+        with stage(TIME), torch.autocast(inputs[0].device.type, enabled=False):
+            replay = replay_of(cell, inputs, weights)
+            for node, x in zip(cell.carry, states, strict=True):
+                replay.give(node, Stacked(x[:-1]))
+            for node, x in zip(ctx.emitted, emitted, strict=True):
+                replay.give(node, Stacked(x))
+
+            def kernel(added: Sequence[bool]) -> str:
+                carry, first = [x[0] for x in states], [x[0] for x in inputs]
+                return kernel_name(ctx.key, cell, carry, first, weights, backward=added)
+
+            try:
+                found = cell_backward(cell, replay, cotangents, ctx.settings, kernel)
+            except CannotRewrite as refusal:
+                if ctx.settings.iterations == EXACT:
+                    raise
+                # Such as a layer of one hidden unit, in which no product is left.
+                log.info("A recurrence is left exact: %s", refusal)
+                found = cell_backward(cell, replay, cotangents, Settings(EXACT), kernel)
+        return None, None, None, *found.inputs, *found.carry, *found.weights
+
+
+def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    """So many of each, then the rest."""
+    ends = list(itertools.accumulate(counts, initial=0))
+    return [*(tensors[i:j] for i, j in itertools.pairwise(ends)), tensors[ends[-1] :]]
+
+
+def recurrent_cell(
+    inputs: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    cell: str,
+    settings: Settings,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a cell over time.
+
+    Args:
+        inputs: what differs between the steps, ``[T, ...]`` each, T at least 1.
+        carry: the initial state, ``[B, ...]`` per component.
+        weights: what the steps share.
+        cell: a name in :data:`.cells.STEPS`.
+        settings: for the backward pass.
+
+    Returns:
+        Per component of the state all states, ``[T + 1, B, ...]``, the initial one first, and the last ones.
+
+    Raises:
+        CannotRewrite: there is no kernel for the cell on this device.
+    """
+    found = torch.ops.hwbp_compile.recurrent_cell.default(
+        list(inputs),
+        list(carry),
+        list(weights),
+        cell,
+        settings.iterations,
+        settings.gamma,
+        settings.group_size,
+        settings.exact_tail,
+    )
+    return found[: len(carry)], found[len(carry) :]
+
+
+@torch.library.impl("hwbp_compile::recurrent_cell", "CompositeImplicitAutograd")
+def _recurrent_cell(
+    inputs: list[Tensor], carry: list[Tensor], weights: list[Tensor], cell: str, *settings: Any
+) -> list[Tensor]:
+    counts = len(inputs), len(carry)
+    return list(Recurrence.apply(cell, Settings(*settings), counts, *inputs, *carry, *weights))
+
+
+def why_no_kernels(
+    key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+) -> str:
+    """Why a cell cannot be run forward and exactly backward; empty if it can. Arguments as of one step."""
+    try:
+        cell = trace_cell(STEPS[key], carry, inputs, weights)
+        kernel_name(key, cell, carry, inputs, weights, emit=True)
+        kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry))
+    except CannotRewrite as refusal:
+        return refusal.reason
+    return ""

@@ -1,0 +1,174 @@
+"""``hwbp_compile::recurrence``: one program applied step after step, in either direction of time.
+
+What a program is stands in a text that says of which cell and of which shapes it is, so that code which was
+compiled in another process finds it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from ..errors import CannotRewrite
+from .cell_graph import CellGraph, trace_cell
+from .cells import STEPS
+from .step_cpp import CppRecurrence
+from .step_program import ROWS, StepProgram, backward_program, forward_program
+
+torch.library.define(
+    "hwbp_compile::recurrence",
+    "(Tensor[] initial, Tensor[] inputs, Tensor[] shared, str program, bool reverse) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def recurrence(
+    initial: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    kernel: str,
+    *,
+    reverse: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """All states of ``state[t + 1] = step(state[t], inputs[t], shared)``, ``t = 0 .. T - 1``.
+
+    With ``reverse`` time runs backwards: ``state[t] = step(state[t + 1], inputs[t], shared)``.
+
+    Args:
+        initial: the components of ``state[0]`` (or ``state[T]``), ``[B, ...]`` each.
+        inputs: ``[T, ...]`` each.
+        shared: what all steps read.
+        kernel: from :func:`kernel_name`.
+
+    Returns:
+        Each component over time, ``[T + 1, B, ...]``, and what the steps emit, ``[T, B, ...]`` each.
+    """
+    result = torch.ops.hwbp_compile.recurrence.default(
+        list(initial), list(inputs), list(shared), kernel, reverse
+    )
+    return result[: len(initial)], result[len(initial) :]
+
+
+@torch.library.impl("hwbp_compile::recurrence", "cpu")
+def _cpu(
+    initial: list[Tensor], inputs: list[Tensor], shared: list[Tensor], kernel: str, reverse: bool
+) -> list[Tensor]:
+    states, emitted = _empty(initial, inputs, kernel)
+    for all_, x in zip(states, initial, strict=True):
+        all_[-1 if reverse else 0] = x
+    _kernel(kernel)(states, emitted, inputs, shared)
+    return [*states, *emitted]
+
+
+@torch.library.register_fake("hwbp_compile::recurrence")
+def _fake(
+    initial: list[Tensor], inputs: list[Tensor], shared: list[Tensor], kernel: str, reverse: bool
+) -> list[Tensor]:
+    states, emitted = _empty(initial, inputs, kernel)
+    return [*states, *emitted]
+
+
+def _empty(
+    initial: Sequence[Tensor], inputs: Sequence[Tensor], kernel: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    steps, first = inputs[0].shape[0], initial[0]
+    states = [x.new_empty((steps + 1, *x.shape)) for x in initial]
+    shapes = _kernel(kernel).emitted_shapes()
+    return states, [first.new_empty((steps, first.shape[0], *shape)) for shape in shapes]
+
+
+def kernel_name(
+    key: str,
+    cell: CellGraph,
+    carry: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    emit: bool = False,
+    backward: Sequence[bool] | None = None,
+) -> str:
+    """The name of a kernel of a cell, which is compiled if it was not before.
+
+    Args:
+        key: the cell's, in :data:`.cells.STEPS`.
+        cell: traced for tensors of these shapes.
+        carry: of one step, as are the ``inputs``.
+        inputs: see ``carry``.
+        weights: what the cell's steps share.
+        emit: whether a forward kernel also returns what a backward pass needs.
+        backward: of the exact backward kernel, whether cotangents join from outside, per component; None for
+            the forward kernel.
+
+    Raises:
+        CannotRewrite: there is none for this device, or for what the step does.
+    """
+    if any(x.device.type != "cpu" for x in (*carry, *inputs, *weights)):
+        raise CannotRewrite("there are kernels for CPUs only")
+    batch = str(carry[0].shape[0]) if carry[0].dim() else ""
+    name = ""
+    for also_weights in (False, True):
+
+        def shape(x: Tensor, first: bool) -> list[Any]:
+            sizes = [ROWS if first and d == 0 and str(n) == batch else int(n) for d, n in enumerate(x.shape)]
+            return [sizes, str(x.dtype).removeprefix("torch.")]
+
+        name = json.dumps(
+            {
+                "cell": key,
+                "emit": emit,
+                "backward": None if backward is None else list(backward),
+                "carry": [shape(x, True) for x in carry],
+                "inputs": [shape(x, True) for x in inputs],
+                "weights": [shape(x, also_weights) for x in weights],
+                "graph": cell.signature,
+            }
+        )
+        try:
+            _kernel(name)
+            return name
+        except CannotRewrite:
+            if also_weights or not any(str(x.shape[0]) == batch for x in weights if x.dim()):
+                raise
+    raise AssertionError(name)
+
+
+def kernel_program(name: str) -> StepProgram:
+    """What a kernel does; positions in it are those in the graph of the cell it was asked for with."""
+    return _kernel(name).program
+
+
+def _kernel(name: str) -> CppRecurrence:
+    found = _made(name)
+    if isinstance(found, str):
+        raise CannotRewrite(found)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _made(name: str) -> CppRecurrence | str:
+    """The kernel, or why there is none."""
+    given = json.loads(name)
+
+    def like(which: str) -> list[Tensor]:
+        return [torch.empty((), dtype=getattr(torch, d)).expand(shape) for shape, d in given[which]]
+
+    backward = given["backward"]
+    with _compat.outside_of_tracing(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        carry, inputs, weights = like("carry"), like("inputs"), like("weights")
+        try:
+            cell = trace_cell(STEPS[given["cell"]], carry, inputs, weights)
+            if cell.signature != given["graph"]:
+                return "the step does other things for other sizes of the batch"
+            if backward is None:
+                return CppRecurrence(forward_program(cell, emit=given["emit"]), carry[0].dtype, reverse=False)
+            return CppRecurrence(backward_program(cell, backward), carry[0].dtype, reverse=True)
+        except CannotRewrite as refusal:
+            return refusal.reason
+        except Exception as error:  # the step does not take the stand-in for the batch
+            return f"the step cannot be traced for a batch of any size ({type(error).__name__})"

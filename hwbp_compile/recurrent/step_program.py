@@ -1,0 +1,193 @@
+"""One step of a recurrence as a graph of its own: what has to be done one step after the other, and no more.
+
+What is needed of the steps afterwards is returned by the kernel along with the states, as far as it has to
+be: what a few additions and multiplications give is computed again where it is used, since reading memory
+takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..passes.linear_ops import op_name
+from ..passes.program import canonical_order, externals_of
+from .cell_graph import CellGraph
+from .step_operators import aten
+
+ROWS = 7919
+"""Stands for the size of the batch while a step is traced; a prime that no layer has as its width."""
+
+_CHEAP = aten(
+    "add sub rsub mul neg where square relu abs maximum minimum eq ne lt le gt ge logical_and logical_or "
+    "logical_not bitwise_and bitwise_or bitwise_not clamp clamp_min clamp_max addcmul "
+    "alias clone detach view _unsafe_view reshape unsqueeze squeeze"
+) | {"prims::fma", "prims::view_of"}
+_PARTS = aten("split split_with_sizes slice select unbind") | {"getitem"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgram:
+    """Its placeholders are the state, then what differs between the steps, then what they share."""
+
+    graph: Graph
+    """Returns the next state, then what is emitted."""
+    carry: tuple[Node, ...]
+    inputs: tuple[Node, ...]
+    shared: tuple[Node, ...]
+    read: tuple[int, ...]
+    """Where in the cell's graph the nodes are that ``inputs``, without the added ones, stand for."""
+    read_shared: tuple[int, ...]
+    emitted: tuple[int, ...]
+    """Where in the cell's graph the nodes are whose values are returned for each step."""
+
+    @staticmethod
+    def shape(node: Node) -> tuple[int, ...]:
+        """The shape of a value in the graph."""
+        return tuple(node.meta["val"].shape)
+
+
+def forward_program(cell: CellGraph, *, emit: bool) -> StepProgram:
+    """The step from one state of a cell to the next. With ``emit``, the backward pass needs no more of it."""
+    block = cell.forward
+    order = canonical_order(block)
+    emitted = _anchors(_used_elsewhere(cell, order), set(order)) if emit else []
+    before, read = _with_what_is_cheap(cell, externals_of(block), {*cell.inputs})
+    return _program(cell, block.entry, [*before, *order], read, block.exit, emitted, None)
+
+
+def backward_program(cell: CellGraph, added: Sequence[bool]) -> StepProgram:
+    """The step from one cotangent of a cell's state to the one before: exact backpropagation through time.
+
+    Args:
+        cell: traced with :data:`ROWS` rows.
+        added: per component of the state, whether a cotangent joins from outside; the last of the inputs.
+    """
+    block = cell.block
+    order = canonical_order(block)
+    emitted = _anchors(_used_elsewhere(cell, order), set(order))
+    known = {node for i, node in enumerate(cell.graph.nodes) if i in forward_program(cell, emit=True).emitted}
+    known |= {*cell.carry, *cell.inputs}
+    before, read = _with_what_is_cheap(cell, externals_of(block), known)
+    return _program(cell, block.entry, [*before, *order], read, block.exit, emitted, added)
+
+
+def _with_what_is_cheap(
+    cell: CellGraph, outside: Sequence[Node], known: set[Node]
+) -> tuple[list[Node], list[Node]]:
+    """Of what a step reads, the part that it computes by itself, in order, and what it reads for that."""
+    inside: dict[Node, None] = {}
+    read: dict[Node, None] = {}
+    stack = list(reversed(outside))
+    while stack:
+        node = stack[-1]
+        own = node in cell.differing and node not in known and (_is_cheap(node) or op_name(node) in _PARTS)
+        waiting = [n for n in node.all_input_nodes if n not in inside and n not in read] if own else []
+        if waiting:
+            stack.extend(reversed(waiting))
+            continue
+        stack.pop()
+        (inside if own else read).setdefault(node)
+    return list(inside), list(read)
+
+
+def _used_elsewhere(cell: CellGraph, order: Sequence[Node]) -> list[Node]:
+    """Of these nodes those that something else in the graph needs, in order."""
+    inside = set(order)
+    wanted = [*cell.block.exit, *cell.of_inputs, *cell.of_weights]
+    seen: set[Node] = set()
+    stack = [n for n in wanted if n is not None]
+    found = {n for n in stack if n in inside and n not in cell.block.exit}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for operand in node.all_input_nodes:
+            stack.append(operand)
+            if operand in inside and node not in inside:
+                found.add(operand)
+    return [n for n in order if n in found]
+
+
+def _anchors(needed: Iterable[Node], inside: set[Node]) -> list[Node]:
+    """What has to be returned for ``needed`` to be computed from it without any effort."""
+    found: dict[Node, None] = {}
+    stack = list(needed)
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in inside:
+            continue
+        seen.add(node)
+        if _is_cheap(node) or not _can_be_returned(node):
+            stack.extend(node.all_input_nodes)
+        else:
+            found.setdefault(node)
+    return list(found)
+
+
+def _is_cheap(node: Node) -> bool:
+    """Whether to compute it again is cheaper than to read it; no view of a part."""
+    return node.op == "call_function" and op_name(node) in _CHEAP
+
+
+def _can_be_returned(node: Node) -> bool:
+    value = node.meta["val"]
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and value.shape[0] == ROWS
+    )
+
+
+def _program(
+    cell: CellGraph,
+    entry: Sequence[Node],
+    order: Sequence[Node],
+    outside: Sequence[Node],
+    exit_: Sequence[Node],
+    emitted: Sequence[Node],
+    added: Sequence[bool] | None,
+) -> StepProgram:
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    def placeholder(node: Node, name: str) -> Node:
+        copy = graph.placeholder(name)
+        copy.meta["val"] = node.meta["val"]
+        return copy
+
+    carry = tuple(placeholder(n, f"state_{i}") for i, n in enumerate(entry))
+    copies.update(zip(entry, carry, strict=True))
+    read = [n for n in outside if n in cell.differing]
+    shared = [n for n in outside if n not in cell.differing]
+    copies.update((n, placeholder(n, f"input_{i}")) for i, n in enumerate(read))
+    wanted = added or [False] * len(carry)
+    more = [
+        placeholder(n, f"added_{i}") if w else None
+        for i, (n, w) in enumerate(zip(exit_, wanted, strict=True))
+    ]
+    copies.update((n, placeholder(n, f"shared_{i}")) for i, n in enumerate(shared))
+    for node in order:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = []
+    for node, plus in zip(exit_, more, strict=True):
+        result = copies[node]
+        if plus is not None:
+            result = graph.call_function(torch.ops.aten.add.Tensor, (result, plus))
+            result.meta["val"] = node.meta["val"]
+        results.append(result)
+    graph.output((*results, *(copies[n] for n in emitted)))
+    index = {node: i for i, node in enumerate(cell.graph.nodes)}
+    return StepProgram(
+        graph=graph,
+        carry=carry,
+        inputs=(*(copies[n] for n in read), *(n for n in more if n is not None)),
+        shared=tuple(copies[n] for n in shared),
+        read=tuple(index[n] for n in read),
+        read_shared=tuple(index[n] for n in shared),
+        emitted=tuple(index[n] for n in emitted),
+    )
