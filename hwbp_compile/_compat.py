@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,20 +50,60 @@ def trace_shapes(
 
     The first ones require a gradient.
     """
-    from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import _disable_current_modes
 
-    mode = detect_fake_mode(list(differentiable)) or FakeTensorMode()
+    mode = _fake_mode(differentiable) or FakeTensorMode()
     shapes = [(tuple(x.shape), x.dtype, x.device) for x in (*differentiable, *others)]
     with _disable_current_modes(), mode:
         values = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
         for value in values[: len(differentiable)]:
             value.requires_grad_()
         traced = make_fx(function, decomposition_table=dict(decompositions()))(*values)
+        if any(_mutates(node) for node in traced.graph.nodes):
+            # Not in the first trace: functionalize cannot be around autograd.
+            functional = torch.func.functionalize(traced, remove="mutations")
+            with torch.no_grad():
+                traced = make_fx(functional)(*values)
+            _without_copies(traced.graph)
     traced.graph.eliminate_dead_code()
     return traced
+
+
+def _without_copies(graph: fx.Graph) -> None:
+    """What was written over another value is used as it is."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
+        over, value = node.args[:2]
+        if isinstance(value, fx.Node) and isinstance(over, fx.Node):
+            a, b = over.meta["val"], value.meta["val"]
+            if a.shape == b.shape and a.dtype == b.dtype:
+                node.replace_all_uses_with(value)
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _fake_mode(values: Sequence[torch.Tensor]) -> Any:
+    """The mode of these tensors or, where they are wrapped, the one in force; None outside of any."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    # While a backend is called, Dynamo's values are of another mode than the one in force.
+    fake = [x for x in values if isinstance(x, FakeTensor)]
+    return fake[0].fake_mode if fake else detect_fake_mode(list(values))
+
+
+@contextmanager
+def fake_mode_of(values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The mode of these fake tensors, with nothing traced; plain tensors are taken as they are."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    mode = _fake_mode(values)
+    with _disable_current_modes(), torch.no_grad(), mode or nullcontext():
+        yield
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` in a model that the highway backend compiles.
+"""Recurrences in a model that the highway backend compiles: ``nn.GRU``, ``nn.LSTM``, ``nn.RNN`` and scans.
 
-Dynamo does not trace these modules. While it traces for this backend, and for no other, they are let in, and
+Dynamo does not trace the modules of ``torch.nn``. While it traces for this backend, and for no other, they are let in, and
 the library function that each of them calls is replaced by one in Python, which goes layer by layer.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .. import _compat
+from ..errors import CannotRewrite
 from ..options import Options
-from .layer import EXACT, recurrent_layer
+from .backward import EXACT, Settings
+from .layer import recurrent_layer
+from .scans import Scan, keep_apart, scans_in
 
 log = logging.getLogger(__name__)
 
@@ -100,26 +103,22 @@ def install() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One recurrent layer in one direction, as Dynamo's graph has it, and what is done with it."""
+    """One recurrence, a layer in one direction or a scan, as Dynamo's graph has it; what is done with it."""
 
     node: Node
     kind: str
     reason: str
     """Why its backward pass stays exact; empty if it does not."""
-
-    @property
-    def residual(self) -> str:
-        """The kind of its residual path."""
-        return {"gru": "gate", "lstm": "gate on a state of 2 tensors"}.get(self.kind, "")
-
-    @property
-    def output(self) -> Any:
-        """The outputs over time, ``[T, B, H]``, as a fake tensor."""
-        return self.node.meta["example_value"][0]
+    residual: str
+    """The kind of its residual path."""
+    steps: Any
+    """Their number, which may be symbolic."""
+    carry: tuple[Tensor, ...]
+    """Each component of the state, as a fake tensor."""
 
 
 def settle(gm: GraphModule, options: Options) -> list[Layer]:
-    """Write the options in force into the recurrent layers of a graph that Dynamo made, and list these."""
+    """Write the options in force into the recurrences of a graph that Dynamo made, and list these."""
     target = torch.ops.hwbp_compile.recurrent_layer.default
     layers: list[Layer] = []
     for module in gm.modules():
@@ -127,22 +126,65 @@ def settle(gm: GraphModule, options: Options) -> list[Layer]:
             continue
         found = [n for n in module.graph.nodes if n.op == "call_function" and n.target is target]
         layers.extend(_settle(node, options) for node in found)
-        if found:
+        scans = scans_in(module.graph)
+        layers.extend(_settle_scan(module, node, options) for node in scans)
+        if found or scans:
             module.recompile()
     return layers
 
 
+def _settings(options: Options, reason: str) -> Settings:
+    iterations = EXACT if reason or options.iterations == "exact" else options.iterations
+    return Settings(iterations, options.gamma, options.group_size, options.exact_tail)
+
+
+def _unwanted(options: Options) -> str:
+    """Why no chain is rewritten."""
+    if options.apply == "never":
+        return 'apply="never" leaves every chain exact'
+    return 'iterations="exact" leaves every chain exact' if options.iterations == "exact" else ""
+
+
+_RESIDUALS = {"gru": "gate", "lstm": "gate on a state of 2 tensors"}
+
+
 def _settle(node: Node, options: Options) -> Layer:
     kind = str(node.args[3])
-    reason = ""
-    if options.apply == "never":
-        reason = 'apply="never" leaves every chain exact'
-    elif options.iterations == "exact":
-        reason = 'iterations="exact" leaves every chain exact'
-    elif kind.startswith("rnn"):
+    reason = _unwanted(options)
+    if not reason and kind not in _RESIDUALS:
         reason = "no residual path: a step of nn.RNN hands its state on through a matrix only"
-    iterations = EXACT if reason else options.iterations
-    settings = (iterations, options.gamma, options.group_size, options.exact_tail)
-    node.args = (*node.args[:4], *settings)
+    settings = _settings(options, reason)
+    node.args = (*node.args[:4], *astuple(settings))
+    _log(kind, reason, settings)
+    x, carry = node.args[0], node.args[1]
+    values = tuple(n.meta["example_value"] for n in carry)  # type: ignore[union-attr]
+    steps = x.meta["example_value"].shape[0]  # type: ignore[union-attr]
+    return Layer(node, kind, reason, _RESIDUALS.get(kind, ""), steps, values)
+
+
+def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
+    reason, residual = _unwanted(options), ""
+    init, inputs = node.args[1], node.args[2]
+    values = tuple(n.meta["example_value"] for n in init)  # type: ignore[union-attr]
+    steps = inputs[0].meta["example_value"].shape[0]  # type: ignore[index, union-attr]
+    if options.apply != "never":
+        try:
+            scan = Scan(module, node)
+            residual = scan.residual
+            reason = reason or scan.why_not_parallel
+            node = scan.replace(_settings(options, reason))
+        except CannotRewrite as refusal:
+            reason = refusal.reason
+        except _compat.restart_exceptions():
+            raise
+        except Exception as error:
+            log.warning("A scan is left exact after an internal error.", exc_info=True)
+            reason = f"internal error: {type(error).__name__}: {error}"
+    if node in scans_in(module.graph):
+        keep_apart(module, node)
+    _log("scan", reason, _settings(options, reason))
+    return Layer(node, "scan", reason, residual, steps, values)
+
+
+def _log(kind: str, reason: str, settings: Settings) -> None:
     log.info("%s over time: %s", f"left exact: {kind}" if reason else f"parallel: {kind}", reason or settings)
-    return Layer(node, kind, reason)

@@ -86,6 +86,8 @@ def trace_cell(
 
     traced = _compat.trace_shapes(joint, [*carry, *inputs, *weights], [*carry])
     graph = traced.graph
+    if any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) for n in graph.nodes):
+        raise CannotRewrite("a step draws random numbers")
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     (results,) = next(node for node in graph.nodes if node.op == "output").args
     following, gradients = results[:n], results[n:]

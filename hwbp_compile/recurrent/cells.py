@@ -59,3 +59,12 @@ def rnn_relu(carry: Tensors, x: Tensors, weights: Tensors) -> Tensors:
 
 STEPS: dict[str, Step] = {"gru": gru, "lstm": lstm, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu}
 """By the name under which operators know a cell; :mod:`.capture` adds the user's own."""
+
+FOR_ANY_BATCH: dict[str, Callable[[int], list[Step]]] = {}
+"""By name, steps that may be the same with the size of the batch, a constant in them, replaced."""
+
+
+def steps_for_any_batch(cell: str, batch: int | None) -> list[Step]:
+    """The step of a cell, then what may be the same step for another size of the batch than ``batch``."""
+    others = FOR_ANY_BATCH[cell](batch) if batch is not None and cell in FOR_ANY_BATCH else []
+    return [STEPS[cell], *others]

@@ -19,7 +19,7 @@ from ..errors import CannotRewrite
 from ..passes.batch import Stacked
 from ..stage import TIME, stage
 from .backward import EXACT, Cotangent, Settings, cell_backward, replay_of, run
-from .cell_graph import trace_cell
+from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
 from .recurrence import kernel_name, kernel_program
 
@@ -134,14 +134,52 @@ def _recurrent_cell(
     return list(Recurrence.apply(cell, Settings(*settings), counts, *inputs, *carry, *weights))
 
 
+def understand(
+    key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+) -> CellGraph:
+    """Trace a cell and see to its kernels. Arguments as of one step.
+
+    Raises:
+        CannotRewrite: the cell cannot be run, forward and exactly backward.
+    """
+    try:
+        cell = trace_cell(STEPS[key], carry, inputs, weights)
+    except CannotRewrite:
+        raise
+    except Exception as error:  # the user's own function
+        raise CannotRewrite(f"the cell cannot be traced on its own ({type(error).__name__})") from error
+    kernel_name(key, cell, carry, inputs, weights, emit=True)
+    kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry))
+    return cell
+
+
+def why_not_parallel(
+    cell: CellGraph, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+) -> str:
+    """Why the backward pass of a cell cannot be done in parallel; empty if it can. Arguments as of one step."""
+    if not cell.split.kind:
+        return "no residual path: a step of the cell hands its state on through matrices only"
+
+    def over_time(x: Tensor) -> Tensor:
+        return x.unsqueeze(0).expand(2, *x.shape)
+
+    try:
+        replay = replay_of(cell, list(map(over_time, inputs)), weights)
+        for node, x in zip(cell.carry, carry, strict=True):
+            replay.give(node, Stacked(over_time(x)))
+        cotangents = [Cotangent(x, over_time(x)) for x in carry]
+        cell_backward(cell, replay, cotangents, Settings(1), lambda _: "")
+    except CannotRewrite as refusal:
+        return refusal.reason
+    return ""
+
+
 def why_no_kernels(
     key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> str:
     """Why a cell cannot be run forward and exactly backward; empty if it can. Arguments as of one step."""
     try:
-        cell = trace_cell(STEPS[key], carry, inputs, weights)
-        kernel_name(key, cell, carry, inputs, weights, emit=True)
-        kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry))
+        understand(key, inputs, carry, weights)
     except CannotRewrite as refusal:
         return refusal.reason
     return ""

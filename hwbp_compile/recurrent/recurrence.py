@@ -7,6 +7,8 @@ compiled in another process finds it again.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 from .. import _compat
 from ..errors import CannotRewrite
 from .cell_graph import CellGraph, trace_cell
-from .cells import STEPS
+from .cells import steps_for_any_batch
 from .step_cpp import CppRecurrence
 from .step_program import ROWS, StepProgram, backward_program, forward_program
 
@@ -110,32 +112,34 @@ def kernel_name(
     """
     if any(x.device.type != "cpu" for x in (*carry, *inputs, *weights)):
         raise CannotRewrite("there are kernels for CPUs only")
-    batch = str(carry[0].shape[0]) if carry[0].dim() else ""
-    name = ""
-    for also_weights in (False, True):
+    batch = carry[0].shape[0] if carry[0].dim() else 0
 
-        def shape(x: Tensor, first: bool) -> list[Any]:
-            sizes = [ROWS if first and d == 0 and str(n) == batch else int(n) for d, n in enumerate(x.shape)]
-            return [sizes, str(x.dtype).removeprefix("torch.")]
+    def shape(x: Tensor, rows: bool) -> list[Any]:
+        found = [ROWS if rows and d == 0 and str(n) == str(batch) else int(n) for d, n in enumerate(x.shape)]
+        return [found, str(x.dtype).removeprefix("torch.")]
 
-        name = json.dumps(
-            {
-                "cell": key,
-                "emit": emit,
-                "backward": None if backward is None else list(backward),
-                "carry": [shape(x, True) for x in carry],
-                "inputs": [shape(x, True) for x in inputs],
-                "weights": [shape(x, also_weights) for x in weights],
-                "graph": cell.signature,
-            }
-        )
-        try:
-            _kernel(name)
-            return name
-        except CannotRewrite:
-            if also_weights or not any(str(x.shape[0]) == batch for x in weights if x.dim()):
-                raise
-    raise AssertionError(name)
+    name = json.dumps(
+        {
+            "cell": key,
+            "emit": emit,
+            "backward": None if backward is None else list(backward),
+            "carry": [shape(x, True) for x in carry],
+            "inputs": [shape(x, True) for x in inputs],
+            "weights": [shape(x, False) for x in weights],
+            "graph": cell.signature,
+            "batch": batch if isinstance(batch, int) else None,
+            "shapes": _shapes(cell, 0) if isinstance(batch, int) else None,
+        }
+    )
+    _kernel(name)
+    return name
+
+
+def _shapes(cell: CellGraph, batch: int) -> str:
+    """The shapes of all of a cell's values, of a batch of so many if it was traced with :data:`ROWS`."""
+    values = [n.meta.get("val") for n in cell.nodes]
+    sizes = [[batch if batch and d == ROWS else d for d in x.shape] for x in values if isinstance(x, Tensor)]
+    return hashlib.sha256(str(sizes).encode()).hexdigest()[:16]
 
 
 def kernel_program(name: str) -> StepProgram:
@@ -155,20 +159,38 @@ def _made(name: str) -> CppRecurrence | str:
     """The kernel, or why there is none."""
     given = json.loads(name)
 
-    def like(which: str) -> list[Tensor]:
-        return [torch.empty((), dtype=getattr(torch, d)).expand(shape) for shape, d in given[which]]
+    def like(which: str, batch: int | None = None) -> list[Tensor]:
+        return [
+            torch.empty((), dtype=getattr(torch, dtype)).expand(
+                [ROWS if d == 0 and n == batch else n for d, n in enumerate(shape)]
+            )
+            for shape, dtype in given[which]
+        ]
 
-    backward = given["backward"]
+    carry, inputs, batch = like("carry"), like("inputs"), given["batch"]
+    reason = ""
     with _compat.outside_of_tracing(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        carry, inputs, weights = like("carry"), like("inputs"), like("weights")
-        try:
-            cell = trace_cell(STEPS[given["cell"]], carry, inputs, weights)
-            if cell.signature != given["graph"]:
-                return "the step does other things for other sizes of the batch"
-            if backward is None:
-                return CppRecurrence(forward_program(cell, emit=given["emit"]), carry[0].dtype, reverse=False)
-            return CppRecurrence(backward_program(cell, backward), carry[0].dtype, reverse=True)
-        except CannotRewrite as refusal:
-            return refusal.reason
-        except Exception as error:  # the step does not take the stand-in for the batch
-            return f"the step cannot be traced for a batch of any size ({type(error).__name__})"
+        # What all steps share may have a dimension for the batch too, and a cell its size as a constant.
+        for weights, step in itertools.product(
+            (like("weights"), like("weights", batch)), steps_for_any_batch(given["cell"], batch)
+        ):
+            try:
+                cell = trace_cell(step, carry, inputs, weights)
+            except Exception as error:  # the step does not take the stand-in for the batch
+                reason = reason or f"the step cannot be traced for a batch of any size ({type(error).__name__})"
+                continue
+            same = cell.signature == given["graph"]
+            if same and given["shapes"] in (None, _shapes(cell, batch)):
+                return _compiled(cell, given, carry[0].dtype)
+            reason = "the step does other things for other sizes of the batch"
+    return reason
+
+
+def _compiled(cell: CellGraph, given: Any, dtype: torch.dtype) -> CppRecurrence | str:
+    backward = given["backward"]
+    try:
+        if backward is None:
+            return CppRecurrence(forward_program(cell, emit=given["emit"]), dtype, reverse=False)
+        return CppRecurrence(backward_program(cell, backward), dtype, reverse=True)
+    except CannotRewrite as refusal:
+        return refusal.reason

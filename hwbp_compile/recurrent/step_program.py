@@ -27,7 +27,7 @@ _CHEAP = aten(
     "logical_not bitwise_and bitwise_or bitwise_not clamp clamp_min clamp_max addcmul "
     "alias clone detach view _unsafe_view reshape unsqueeze squeeze"
 ) | {"prims::fma", "prims::view_of"}
-_PARTS = aten("split split_with_sizes slice select unbind") | {"getitem"}
+_PARTS = aten("split split_with_sizes slice select unbind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _with_what_is_cheap(
     stack = list(reversed(outside))
     while stack:
         node = stack[-1]
-        own = node in cell.differing and node not in known and (_is_cheap(node) or op_name(node) in _PARTS)
+        own = node in cell.differing and node not in known and (_is_cheap(node) or _is_part(node))
         waiting = [n for n in node.all_input_nodes if n not in inside and n not in read] if own else []
         if waiting:
             stack.extend(reversed(waiting))
@@ -134,6 +134,13 @@ def _anchors(needed: Iterable[Node], inside: set[Node]) -> list[Node]:
 def _is_cheap(node: Node) -> bool:
     """Whether to compute it again is cheaper than to read it; no view of a part."""
     return node.op == "call_function" and op_name(node) in _CHEAP
+
+
+def _is_part(node: Node) -> bool:
+    """Whether it is a view of a part of something; several results of one operator are not."""
+    if op_name(node) == "getitem":
+        (node,) = node.all_input_nodes
+    return node.op == "call_function" and op_name(node) in _PARTS
 
 
 def _can_be_returned(node: Node) -> bool:

@@ -72,7 +72,9 @@ class StepSource:
     def _check(self, node: Node) -> None:
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
         for value in values:
-            if not isinstance(value, Tensor) or value.dtype not in (self._dtype, torch.bool):
+            # The choice between two constants is one of integers in some of torch's formulas.
+            chosen = op_name(node) == "aten::where" and value.dtype in (torch.int64, torch.int32)
+            if not isinstance(value, Tensor) or not (chosen or value.dtype in (self._dtype, torch.bool)):
                 raise CannotRewrite(f"{node.target} makes values of another type", node)
             merged = any(size != ROWS and size % ROWS == 0 and size for size in value.shape)
             if merged or sum(size == ROWS for size in value.shape) > 1:

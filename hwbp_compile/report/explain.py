@@ -199,8 +199,7 @@ def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, 
 
 
 def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> ChainReport:
-    output = layer.output
-    steps, *shape = output.shape
+    steps = layer.steps
     known = steps if isinstance(steps, int) else None
     iterations = None if layer.reason else options.iterations
     if known is not None and isinstance(iterations, int):
@@ -210,8 +209,8 @@ def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> C
         blocks=steps if known is not None else str(steps),
         classes=(),
         residual=layer.residual,
-        shapes=(tuple(d if isinstance(d, int) else str(d) for d in shape),) * (1 + (layer.kind == "lstm")),
-        dtypes=(str(output.dtype).removeprefix("torch."),) * (1 + (layer.kind == "lstm")),
+        shapes=tuple(tuple(d if isinstance(d, int) else str(d) for d in x.shape) for x in layer.carry),
+        dtypes=tuple(str(x.dtype).removeprefix("torch.") for x in layer.carry),
         modules=tuple(module_stack(layer.node, names)[-1:]),
         lines=() if line is None else (line,),
         options=options,

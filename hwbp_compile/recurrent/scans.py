@@ -1,0 +1,232 @@
+"""torch's ``scan`` with a cell of the user's, in a graph that Dynamo made.
+
+The steps are run by our kernels, forward and backward, or backward in parallel; what the cell returns besides
+its state is computed for all steps at once. A scan that is not understood stays what it is, and exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from .. import _compat
+from ..errors import CannotRewrite
+from .backward import Settings
+from .cells import FOR_ANY_BATCH, STEPS, Step
+from .function import understand, why_not_parallel
+from .outputs import OUTPUTS, outputs_of
+from .step_program import ROWS
+
+_COPIES = {"clone", "detach", "contiguous", "alias"}
+
+
+def scans_in(graph: Graph) -> list[Node]:
+    """The scans of a graph."""
+    target = torch.ops.higher_order.scan
+    return [n for n in graph.nodes if n.op == "call_function" and n.target is target]
+
+
+def keep_apart(owner: GraphModule, node: Node) -> None:
+    """Copy the states that a scan's cell returns: torch refuses scans in which one may share its memory."""
+    body: GraphModule = owner.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+    output = next(n for n in body.graph.nodes if n.op == "output")
+    (results,) = output.args
+    n = len(node.args[1])  # type: ignore[arg-type]
+    with body.graph.inserting_before(output):
+        copies = [
+            body.graph.call_method("clone", (x,)) if isinstance(x, Node) else x
+            for x in results[:n]  # type: ignore[index]
+        ]
+    output.args = ([*copies, *results[n:]],)  # type: ignore[index]
+    body.recompile()
+
+
+class Scan:
+    """One scan: its cell, and what it runs on.
+
+    Raises:
+        CannotRewrite: it is nothing that can be run as a recurrence.
+    """
+
+    def __init__(self, owner: GraphModule, node: Node) -> None:
+        body, init, inputs, more = node.args
+        if any(node.kwargs.values()):
+            raise CannotRewrite("the cell writes to one of its inputs")
+        self.node = node
+        self.init, self.inputs, self.weights = (list(x) for x in (init, inputs, more))  # type: ignore[arg-type]
+        self._body: GraphModule = owner.get_submodule(str(body.target))  # type: ignore[union-attr]
+        if any(not isinstance(n, Node) for n in (*self.init, *self.inputs, *self.weights)):
+            raise CannotRewrite("the cell reads a number that is no tensor")
+        carry, over_time, weights = (list(map(_value, x)) for x in (self.init, self.inputs, self.weights))
+        if any(not isinstance(x, Tensor) for x in (*carry, *over_time, *weights)):
+            raise CannotRewrite("the cell reads a number that is no tensor")
+        if len({x.dtype for x in carry}) > 1 or not carry[0].is_floating_point():
+            raise CannotRewrite("the components of the state are not all of one floating-point dtype")
+        device = carry[0].device.type
+        if torch.is_autocast_enabled(device) or _has_autocast(node.graph):
+            raise CannotRewrite("automatic mixed precision is in force")
+        self._split_outputs()
+        self.cell = self._register([*carry, *over_time, *weights])
+        with _compat.fake_mode_of([*carry, *over_time, *weights]):
+            first = [x.select(0, 0) for x in over_time]
+            cell = understand(self.cell, first, carry, weights)
+            self.residual = cell.split.kind
+            self.why_not_parallel = why_not_parallel(cell, first, carry, weights)
+            if self._computed:
+                states = [x.unsqueeze(0).expand(over_time[0].shape[0], *x.shape) for x in carry]
+                try:
+                    outputs_of(OUTPUTS[self.cell], [*states, *states, *over_time], weights)
+                except RuntimeError as error:
+                    reason = "what the cell returns besides its state cannot be computed for all steps at once"
+                    raise CannotRewrite(reason) from error
+
+    def _split_outputs(self) -> None:
+        """Tell outputs that are a state from such as have to be computed."""
+        body = self._body.graph
+        n = len(self.init)
+        (results,) = next(x for x in body.nodes if x.op == "output").args
+        flat: Sequence[Any] = results if isinstance(results, (list, tuple)) else [results]
+        if any(not isinstance(x, Node) for x in flat):
+            raise CannotRewrite("the cell returns something that is no tensor")
+        placeholders = [x for x in body.nodes if x.op == "placeholder"]
+        before, self._after = placeholders[:n], list(flat[:n])
+        sources: dict[Node, tuple[str, int]] = {_source(x): ("before", i) for i, x in enumerate(before)}
+        sources.update((_source(x), ("after", i)) for i, x in enumerate(self._after))
+        self._outputs: list[tuple[str, int]] = []
+        self._computed: list[Node] = []
+        for x in flat[n:]:
+            known = sources.get(_source(x))
+            self._outputs.append(known or ("computed", len(self._computed)))
+            if known is None:
+                self._computed.append(x)
+
+    def _register(self, values: Sequence[Tensor]) -> str:
+        """Name the cell by what it does."""
+        n, body = len(self.init), self._body
+        shapes = [f"{x.dtype}{x.dim()}" for x in values]
+        text = f"{body.code}{shapes}{[x.name for x in self._computed]}{n}"
+        key = f"scan_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+        if key not in STEPS:
+            outputs = _outputs_module(body, self._after, self._computed, n)
+
+            STEPS[key], OUTPUTS[key] = _step(body, n), outputs
+            FOR_ANY_BATCH[key] = lambda batch: [
+                _step(_with_batch(body, batch, first_only=first), n) for first in (True, False)
+            ]
+        return key
+
+    def replace(self, settings: Settings) -> Node:
+        """Put a recurrence in the place of the scan."""
+        graph, node, n = self.node.graph, self.node, len(self.init)
+        ops = torch.ops.hwbp_compile
+        fields = (settings.iterations, settings.gamma, settings.group_size, settings.exact_tail)
+        with graph.inserting_before(node):
+            arguments = (self.inputs, self.init, self.weights, self.cell, *fields)
+            new = graph.call_function(ops.recurrent_cell.default, arguments)
+            states = [_item(graph, new, i) for i in range(2 * n)]
+            before = [_item(graph, x, slice(None, -1)) for x in states[:n]]
+            after = [_item(graph, x, slice(1, None)) for x in states[:n]]
+            computed: list[Node] = []
+            if self._computed:
+                rest = (before, after, self.inputs, self.weights, self.cell)
+                several = graph.call_function(ops.cell_outputs.default, rest)
+                computed = [_item(graph, several, i) for i in range(len(self._computed))]
+            # The scan returned tensors of their own; a slice of the states would be changed along with them.
+            taken = {"before": before, "after": after, "computed": computed}
+            results = [*states[n:], *(taken[kind][i] for kind, i in self._outputs)]
+        new.meta.update(node.meta)
+        for user in list(node.users):
+            index = user.args[1]
+            assert isinstance(index, int)
+            user.replace_all_uses_with(results[index])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        graph.eliminate_dead_code()
+        return new
+
+
+def _step(body: GraphModule, components: int) -> Step:
+    def step(carry: Any, inputs: Any, weights: Any) -> Any:
+        return tuple(body(*carry, *inputs, *weights)[:components])
+
+    return step
+
+
+_SHAPED = {"view", "reshape", "expand", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full"}
+
+
+def _with_batch(body: GraphModule, batch: int, *, first_only: bool) -> GraphModule:
+    """The cell with another size for the batch where its shapes are constants (or only their first ones)."""
+    copy = _compat.copy_graph_module(body)
+    for node in copy.graph.nodes:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if node.op not in ("call_method", "call_function") or name not in _SHAPED:
+            continue
+        seen = False
+
+        def replaced(x: Any) -> Any:
+            nonlocal seen
+            if type(x) is not int or (seen and first_only):
+                return x
+            seen = True
+            return ROWS if x == batch else x
+
+        node.args = pytree.tree_map(replaced, node.args)
+    copy.recompile()
+    return copy
+
+
+def _item(graph: Graph, node: Node, index: Any) -> Node:
+    return graph.call_function(operator.getitem, (node, index))
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value")
+
+
+def _source(node: Node) -> Node:
+    """The node of which this one is a copy."""
+    while True:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if node.op not in ("call_method", "call_function") or name not in _COPIES:
+            return node
+        if not isinstance(node.args[0], Node):
+            return node
+        node = node.args[0]
+
+
+def _has_autocast(graph: Graph) -> bool:
+    return any("autocast" in getattr(n.target, "__name__", "") for n in graph.nodes)
+
+
+def _outputs_module(
+    body: GraphModule, after: Sequence[Node], computed: Sequence[Node], components: int
+) -> GraphModule:
+    """Computes ``computed`` from the states before and after the step, the inputs and the weights."""
+    graph = Graph()
+    given = [n for n in body.graph.nodes if n.op == "placeholder"]
+    copies: dict[Node, Node] = {n: graph.placeholder(f"before_{i}") for i, n in enumerate(given[:components])}
+    states = [graph.placeholder(f"after_{i}") for i in range(components)]
+    copies.update((n, graph.placeholder(n.name)) for n in given[components:])
+    for node, state in zip(after, states, strict=True):
+        if _source(node).op != "placeholder":
+            copies[_source(node)] = state
+    stack = list(computed)
+    while stack:
+        node = stack[-1]
+        waiting = [n for n in node.all_input_nodes if n not in copies] if node not in copies else []
+        if waiting:
+            stack.extend(waiting)
+            continue
+        stack.pop()
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output([copies[n] for n in computed])
+    return GraphModule(body, graph)
