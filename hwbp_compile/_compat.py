@@ -343,6 +343,15 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[...,
     VariableBuilder._wrap = wrap  # type: ignore[method-assign]
 
 
+def let_scans_compile() -> None:
+    """Inductor turns a scan into a loop over an index that it reads, which torch refuses by default."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        context.fake_mode.allow_scalar_outputs = True
+
+
 def load_cpp_kernel(argument_types: Sequence[str], source: str) -> Callable[..., None]:
     """Compile a C++ function ``kernel`` as Inductor compiles its own, into the same cache.
 

@@ -21,7 +21,7 @@ from ..errors import CannotRewrite
 from ..options import Options
 from .backward import EXACT, Settings
 from .layer import recurrent_layer
-from .scans import Scan, keep_apart, scans_in
+from .scans import Scan, make_ready, scans_in
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
             log.warning("A scan is left exact after an internal error.", exc_info=True)
             reason = f"internal error: {type(error).__name__}: {error}"
     if node in scans_in(module.graph):
-        keep_apart(module, node)
+        make_ready(module, node)
     _log("scan", reason, _settings(options, reason))
     return Layer(node, "scan", reason, residual, steps, values)
 

@@ -33,8 +33,12 @@ def scans_in(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target is target]
 
 
-def keep_apart(owner: GraphModule, node: Node) -> None:
-    """Copy the states that a scan's cell returns: torch refuses scans in which one may share its memory."""
+def make_ready(owner: GraphModule, node: Node) -> None:
+    """See to what torch refuses in a scan without need, before it gets one that stays what it is.
+
+    The states that the cell returns are copied, as one of them may share its memory.
+    """
+    _compat.let_scans_compile()
     body: GraphModule = owner.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
     output = next(n for n in body.graph.nodes if n.op == "output")
     (results,) = output.args
