@@ -23,6 +23,7 @@ class Replay(ABC, Generic[Key]):
 
     def __init__(self) -> None:
         self._values: dict[Key, Any] = {}
+        self._totals: dict[Key, Any] = {}
 
     @abstractmethod
     def node(self, key: Key) -> Node:
@@ -68,11 +69,15 @@ class Replay(ABC, Generic[Key]):
 
     def total(self, key: Key) -> Any:
         """The sum over the blocks, taken as early as possible: a product sums without storing its terms."""
+        if key in self._totals:
+            return self._totals[key]
         if not self.is_leaf(key):
             name = op_name(self.node(key))
             operands = self.operands(key)
-            if name in _COMMUTE and not self.is_leaf(operands[0]):
+            if name in COMMUTE and not self.is_leaf(operands[0]):
                 return self._call(key, [self.total(operands[0]), *map(self.value, operands[1:])])
+            if name == "aten::add" and len(operands) == 2 and not self.node(key).kwargs:
+                return self._call(key, [self.total(o) for o in operands])
             if name == "aten::mm":
                 a, b = map(self.value, operands)
                 if isinstance(a, Stacked) and isinstance(b, Stacked):
@@ -101,6 +106,6 @@ class Replay(ABC, Generic[Key]):
         return batched_call(node.target, args, kwargs, self.members(key), node)
 
 
-_COMMUTE = {
+COMMUTE = {
     f"aten::{n}" for n in ("view", "_unsafe_view", "reshape", "permute", "t", "transpose", "clone", "alias")
 }

@@ -63,6 +63,7 @@ def cell_backward(
     replay: CellReplay,
     cotangents: Sequence[Cotangent],
     settings: Settings,
+    wanted: Sequence[bool],
     kernel: Callable[[Sequence[bool]], str],
 ) -> Gradients:
     """Gradients of a recurrence (the paper's Algorithm 1, with time for depth).
@@ -75,6 +76,7 @@ def cell_backward(
         replay: knows the inputs, the weights, and the state that each step starts from.
         cotangents: one per component of the state.
         settings: the solver's.
+        wanted: per input and weight, whether its gradient is.
         kernel: the name of the exact backward kernel, given which components have a ``before``.
 
     Raises:
@@ -87,7 +89,13 @@ def cell_backward(
         for c, x in zip(cotangents, cell.carry, strict=True)
     )
     if settings.iterations == EXACT:
-        after, carry = _exact(cell, replay, first, [c.before for c in cotangents], kernel)
+        added = [c.before is not None for c in cotangents]
+        more = [c.before for c in cotangents if c.before is not None]
+        name = kernel(added)
+        states = run(cell, replay, name, first, more, reverse=True)
+        keeps = kernel_program(name).keep
+        after = [x[1:] for x in states] if keeps else None
+        carry = [x[0] for x in states] if keeps else states
     else:
         later = tuple(None if c.before is None else c.before.flip(0) for c in cotangents)
         system = TimeSystem(cell, replay, replay.steps, first, later)
@@ -100,21 +108,9 @@ def cell_backward(
         )
         after, carry = [component[:-1].flip(0) for component in w], [component[-1] for component in w]
     with stage(GRADIENTS):
-        of_inputs, of_weights = _gradients(cell, replay, after)
-    return Gradients(of_inputs, carry, of_weights)
-
-
-def _exact(
-    cell: CellGraph,
-    replay: CellReplay,
-    first: Sequence[Tensor],
-    before: Sequence[Tensor | None],
-    kernel: Callable[[Sequence[bool]], str],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The cotangents after each step, and of the initial state. What is no sweep is done for all steps."""
-    added = [x is not None for x in before]
-    u = run(cell, replay, kernel(added), first, [x for x in before if x is not None], reverse=True)
-    return [x[1:] for x in u], [x[0] for x in u]
+        for node, cotangent in zip(cell.block.entry, after or (), strict=after is not None):
+            replay.give(node, Stacked(cotangent))
+        return _gradients(cell, replay, carry, wanted)
 
 
 def run(
@@ -129,30 +125,32 @@ def run(
     """Run a kernel on what the replay knows, ``more`` being the last inputs, and let it know what is emitted.
 
     Returns:
-        Each component of the state over time, ``[T + 1, ...]``.
+        Each component of the state over time, ``[T + 1, ...]``, or the last ones if the kernel keeps no more.
     """
     program = kernel_program(kernel)
     read = [cell.nodes[i] for i in program.read]
     inputs = [*(rows_of(replay.value(n), n.meta["val"], replay.steps) for n in read), *more]
     shared = [replay.value(cell.nodes[i]) for i in program.read_shared]
-    states, emitted = recurrence(initial, inputs, shared, kernel, reverse=reverse)
+    states, emitted, sums = recurrence(initial, inputs, shared, kernel, reverse=reverse)
     for i, x in zip(program.emitted, emitted, strict=True):
         replay.give(cell.nodes[i], Stacked(x))
+    for i, x in zip(program.sums, sums, strict=True):
+        replay.give_total(cell.nodes[i], x)
     return states
 
 
-def _gradients(
-    cell: CellGraph, replay: CellReplay, after: Sequence[Tensor]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _gradients(cell: CellGraph, replay: CellReplay, carry: list[Tensor], wanted: Sequence[bool]) -> Gradients:
     """Gradients of the inputs, over time, and of the weights, from the cotangents after each step."""
-    for node, cotangent in zip(cell.block.entry, after, strict=True):
-        replay.give(node, Stacked(cotangent))
+    n = len(cell.inputs)
     of_inputs = [
-        None if node is None else rows_of(replay.value(node), x.meta["val"], replay.steps)
-        for node, x in zip(cell.of_inputs, cell.inputs, strict=True)
+        None if node is None or not use else rows_of(replay.value(node), x.meta["val"], replay.steps)
+        for node, x, use in zip(cell.of_inputs, cell.inputs, wanted[:n], strict=True)
     ]
-    of_weights = [None if node is None else replay.total(node) for node in cell.of_weights]
-    return of_inputs, of_weights
+    of_weights = [
+        None if node is None or not use else replay.total(node)
+        for node, use in zip(cell.of_weights, wanted[n:], strict=True)
+    ]
+    return Gradients(of_inputs, carry, of_weights)
 
 
 def states_of(cell: CellGraph, replay: CellReplay, component: int, initial: Tensor) -> Tensor:

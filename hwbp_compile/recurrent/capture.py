@@ -1,7 +1,8 @@
 """Recurrences in a model that the highway backend compiles: ``nn.GRU``, ``nn.LSTM``, ``nn.RNN`` and scans.
 
-Dynamo does not trace the modules of ``torch.nn``. While it traces for this backend, and for no other, they are let in, and
-the library function that each of them calls is replaced by one in Python, which goes layer by layer.
+Dynamo does not trace the modules of ``torch.nn``. While it traces for this backend, and for no other, they
+are let in, and the library function that each of them calls is replaced by one in Python, which goes layer by
+layer.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ class Recurrence(torch.autograd.Function):
             if over_time is not None:
                 last = over_time[-1] if last is None else over_time[-1] + last
             cotangents.append(Cotangent(last, None if over_time is None else over_time[:-1]))
+        needed = ctx.needs_input_grad[3:]
+        wanted = [*needed[: len(inputs)], *needed[len(inputs) + n :]]
         with stage(TIME), torch.autocast(inputs[0].device.type, enabled=False):
             replay = replay_of(cell, inputs, weights)
             for node, x in zip(cell.carry, states, strict=True):
@@ -72,16 +74,16 @@ class Recurrence(torch.autograd.Function):
 
             def kernel(added: Sequence[bool]) -> str:
                 carry, first = [x[0] for x in states], [x[0] for x in inputs]
-                return kernel_name(ctx.key, cell, carry, first, weights, backward=added)
+                return kernel_name(ctx.key, cell, carry, first, weights, backward=added, wanted=wanted)
 
             try:
-                found = cell_backward(cell, replay, cotangents, ctx.settings, kernel)
+                found = cell_backward(cell, replay, cotangents, ctx.settings, wanted, kernel)
             except CannotRewrite as refusal:
                 if ctx.settings.iterations == EXACT:
                     raise
                 # Such as a layer of one hidden unit, in which no product is left.
                 log.info("A recurrence is left exact: %s", refusal)
-                found = cell_backward(cell, replay, cotangents, Settings(EXACT), kernel)
+                found = cell_backward(cell, replay, cotangents, Settings(EXACT), wanted, kernel)
         return None, None, None, *found.inputs, *found.carry, *found.weights
 
 
@@ -149,14 +151,15 @@ def understand(
     except Exception as error:  # the user's own function
         raise CannotRewrite(f"the cell cannot be traced on its own ({type(error).__name__})") from error
     kernel_name(key, cell, carry, inputs, weights, emit=True)
-    kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry))
+    wanted = [True] * (len(inputs) + len(weights))
+    kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry), wanted=wanted)
     return cell
 
 
 def why_not_parallel(
     cell: CellGraph, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> str:
-    """Why the backward pass of a cell cannot be done in parallel; empty if it can. Arguments as of one step."""
+    """Why a cell's backward pass cannot be done in parallel; empty if it can. Arguments as of one step."""
     if not cell.split.kind:
         return "no residual path: a step of the cell hands its state on through matrices only"
 
@@ -168,7 +171,8 @@ def why_not_parallel(
         for node, x in zip(cell.carry, carry, strict=True):
             replay.give(node, Stacked(over_time(x)))
         cotangents = [Cotangent(x, over_time(x)) for x in carry]
-        cell_backward(cell, replay, cotangents, Settings(1), lambda _: "")
+        wanted = [True] * (len(inputs) + len(weights))
+        cell_backward(cell, replay, cotangents, Settings(1), wanted, lambda _: "")
     except CannotRewrite as refusal:
         return refusal.reason
     return ""

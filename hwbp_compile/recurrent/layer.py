@@ -194,7 +194,8 @@ def _parallel(
     def no_kernel(added: Any) -> str:
         raise CannotRewrite("the library's backward pass is exact")
 
-    return cell_backward(cell, replay, cotangents, settings, no_kernel)
+    wanted = [True] * (1 + len(weights))
+    return cell_backward(cell, replay, cotangents, settings, wanted, no_kernel)
 
 
 torch.library.register_autograd("hwbp_compile::library_layer", _backward, setup_context=_setup)

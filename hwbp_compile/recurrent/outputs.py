@@ -21,7 +21,7 @@ torch.library.define(
 )
 
 OUTPUTS: dict[str, Callable[..., Any]] = {}
-"""By the name of the cell: outputs of one step, from the state before and after it, its inputs and weights."""
+"""By name, what a cell returns in one step, from the state before and after it, its inputs and weights."""
 
 
 @torch.library.impl("hwbp_compile::cell_outputs", "CompositeImplicitAutograd")

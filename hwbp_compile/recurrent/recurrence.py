@@ -37,7 +37,7 @@ def recurrence(
     kernel: str,
     *,
     reverse: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """All states of ``state[t + 1] = step(state[t], inputs[t], shared)``, ``t = 0 .. T - 1``.
 
     With ``reverse`` time runs backwards: ``state[t] = step(state[t + 1], inputs[t], shared)``.
@@ -49,40 +49,29 @@ def recurrence(
         kernel: from :func:`kernel_name`.
 
     Returns:
-        Each component over time, ``[T + 1, B, ...]``, and what the steps emit, ``[T, B, ...]`` each.
+        Each component over time, ``[T + 1, B, ...]`` (or its last state, if the kernel does not keep them),
+        what the steps emit, ``[T, B, ...]`` each, and what is summed over steps and rows.
     """
     result = torch.ops.hwbp_compile.recurrence.default(
         list(initial), list(inputs), list(shared), kernel, reverse
     )
-    return result[: len(initial)], result[len(initial) :]
+    n = len(initial)
+    m = n + len(_kernel(kernel).program.emitted)
+    return result[:n], result[n:m], result[m:]
 
 
 @torch.library.impl("hwbp_compile::recurrence", "cpu")
 def _cpu(
     initial: list[Tensor], inputs: list[Tensor], shared: list[Tensor], kernel: str, reverse: bool
 ) -> list[Tensor]:
-    states, emitted = _empty(initial, inputs, kernel)
-    for all_, x in zip(states, initial, strict=True):
-        all_[-1 if reverse else 0] = x
-    _kernel(kernel)(states, emitted, inputs, shared)
-    return [*states, *emitted]
+    return _kernel(kernel)(initial, inputs, shared)
 
 
 @torch.library.register_fake("hwbp_compile::recurrence")
 def _fake(
     initial: list[Tensor], inputs: list[Tensor], shared: list[Tensor], kernel: str, reverse: bool
 ) -> list[Tensor]:
-    states, emitted = _empty(initial, inputs, kernel)
-    return [*states, *emitted]
-
-
-def _empty(
-    initial: Sequence[Tensor], inputs: Sequence[Tensor], kernel: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    steps, first = inputs[0].shape[0], initial[0]
-    states = [x.new_empty((steps + 1, *x.shape)) for x in initial]
-    shapes = _kernel(kernel).emitted_shapes()
-    return states, [first.new_empty((steps, first.shape[0], *shape)) for shape in shapes]
+    return _kernel(kernel).results(initial, inputs[0].shape[0])
 
 
 def kernel_name(
@@ -94,6 +83,7 @@ def kernel_name(
     *,
     emit: bool = False,
     backward: Sequence[bool] | None = None,
+    wanted: Sequence[bool] = (),
 ) -> str:
     """The name of a kernel of a cell, which is compiled if it was not before.
 
@@ -106,6 +96,7 @@ def kernel_name(
         emit: whether a forward kernel also returns what a backward pass needs.
         backward: of the exact backward kernel, whether cotangents join from outside, per component; None for
             the forward kernel.
+        wanted: of the exact backward kernel, per input and weight whether its gradient is.
 
     Raises:
         CannotRewrite: there is none for this device, or for what the step does.
@@ -123,6 +114,7 @@ def kernel_name(
             "cell": key,
             "emit": emit,
             "backward": None if backward is None else list(backward),
+            "wanted": list(wanted),
             "carry": [shape(x, True) for x in carry],
             "inputs": [shape(x, True) for x in inputs],
             "weights": [shape(x, False) for x in weights],
@@ -177,7 +169,9 @@ def _made(name: str) -> CppRecurrence | str:
             try:
                 cell = trace_cell(step, carry, inputs, weights)
             except Exception as error:  # the step does not take the stand-in for the batch
-                reason = reason or f"the step cannot be traced for a batch of any size ({type(error).__name__})"
+                reason = (
+                    reason or f"the step cannot be traced for a batch of any size ({type(error).__name__})"
+                )
                 continue
             same = cell.signature == given["graph"]
             if same and given["shapes"] in (None, _shapes(cell, batch)):
@@ -191,6 +185,6 @@ def _compiled(cell: CellGraph, given: Any, dtype: torch.dtype) -> CppRecurrence 
     try:
         if backward is None:
             return CppRecurrence(forward_program(cell, emit=given["emit"]), dtype, reverse=False)
-        return CppRecurrence(backward_program(cell, backward), dtype, reverse=True)
+        return CppRecurrence(backward_program(cell, backward, given["wanted"]), dtype, reverse=True)
     except CannotRewrite as refusal:
         return refusal.reason

@@ -39,17 +39,23 @@ def make_ready(owner: GraphModule, node: Node) -> None:
     The states that the cell returns are copied, as one of them may share its memory.
     """
     _compat.let_scans_compile()
-    body: GraphModule = owner.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
+    body = _body(owner, node)
     output = next(n for n in body.graph.nodes if n.op == "output")
     (results,) = output.args
     n = len(node.args[1])  # type: ignore[arg-type]
     with body.graph.inserting_before(output):
-        copies = [
-            body.graph.call_method("clone", (x,)) if isinstance(x, Node) else x
-            for x in results[:n]  # type: ignore[index]
-        ]
-    output.args = ([*copies, *results[n:]],)  # type: ignore[index]
+        copies = [body.graph.call_method("clone", (x,)) if isinstance(x, Node) else x for x in results[:n]]
+    output.args = ([*copies, *results[n:]],)
     body.recompile()
+
+
+def _body(owner: GraphModule, node: Node) -> GraphModule:
+    """The cell of a scan."""
+    name = node.args[0]
+    assert isinstance(name, Node)
+    found = owner.get_submodule(str(name.target))
+    assert isinstance(found, GraphModule)
+    return found
 
 
 class Scan:
@@ -60,12 +66,12 @@ class Scan:
     """
 
     def __init__(self, owner: GraphModule, node: Node) -> None:
-        body, init, inputs, more = node.args
+        _, init, inputs, more = node.args
         if any(node.kwargs.values()):
             raise CannotRewrite("the cell writes to one of its inputs")
         self.node = node
         self.init, self.inputs, self.weights = (list(x) for x in (init, inputs, more))  # type: ignore[arg-type]
-        self._body: GraphModule = owner.get_submodule(str(body.target))  # type: ignore[union-attr]
+        self._body = _body(owner, node)
         if any(not isinstance(n, Node) for n in (*self.init, *self.inputs, *self.weights)):
             raise CannotRewrite("the cell reads a number that is no tensor")
         carry, over_time, weights = (list(map(_value, x)) for x in (self.init, self.inputs, self.weights))
@@ -88,7 +94,9 @@ class Scan:
                 try:
                     outputs_of(OUTPUTS[self.cell], [*states, *states, *over_time], weights)
                 except RuntimeError as error:
-                    reason = "what the cell returns besides its state cannot be computed for all steps at once"
+                    reason = (
+                        "what the cell returns besides its state cannot be computed for all steps at once"
+                    )
                     raise CannotRewrite(reason) from error
 
     def _split_outputs(self) -> None:

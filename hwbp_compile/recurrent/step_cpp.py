@@ -6,6 +6,7 @@ Rows of the batch are independent, so threads share them and never wait for one 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import CannotRewrite
-from .step_layout import Value, compact, row_size
+from .step_layout import placed_rows, row_size
 from .step_program import ROWS, StepProgram
 from .step_source import StepSource
 
@@ -87,10 +88,77 @@ static void product(const Real* x, int64_t x_step, const Real* weight, int64_t w
     #undef TILE
 }
 
-// Calls f(number of rows as a constant, step, first row, scratch) for all steps in order, and in each of
-// them for ROWS rows at a time. Rows are independent: each thread takes some of them through all steps.
-template <typename F>
-static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scratch_size, F f) {
+// sums[m, k] += sum_r a[r, m] * b[r, k] for M rows and C vectors of columns of the sums, see tile().
+template <int64_t M, int64_t C, int64_t K, int64_t count>
+static inline void add_tile(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
+                            Real* sums) {
+    Vec sum[M][C];
+    #pragma GCC unroll 8
+    for (int64_t m = 0; m < M; m++) {
+        #pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++)
+            sum[m][c] = Vec::loadu(sums + m * K + c * LANES, c + 1 < C ? LANES : count);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        Vec w[C];
+        #pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++)
+            w[c] = Vec::loadu(b + r * b_step + c * LANES, c + 1 < C ? LANES : count);
+        #pragma GCC unroll 8
+        for (int64_t m = 0; m < M; m++) {
+            const Vec x(a[r * a_step + m]);
+            #pragma GCC unroll 8
+            for (int64_t c = 0; c < C; c++) sum[m][c] = at::vec::fmadd(x, w[c], sum[m][c]);
+        }
+    }
+    #pragma GCC unroll 8
+    for (int64_t m = 0; m < M; m++) {
+        #pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++)
+            sum[m][c].store(sums + m * K + c * LANES, c + 1 < C ? LANES : count);
+    }
+}
+
+// The same for M rows and all K columns.
+template <int64_t M, int64_t K>
+static void add_columns(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
+                        Real* sums) {
+    constexpr int64_t wide = K / (WIDE * LANES) * WIDE * LANES, whole = K / LANES * LANES;
+    for (int64_t c = 0; c < wide; c += WIDE * LANES)
+        add_tile<M, WIDE, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
+    for (int64_t c = wide; c < whole; c += LANES)
+        add_tile<M, 1, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
+    if constexpr (whole < K) add_tile<M, 1, K, K - whole>(a, a_step, b + whole, b_step, rows, sums + whole);
+}
+
+// The same for all.
+template <int64_t M, int64_t K>
+static void add_product(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
+                        Real* sums) {
+    constexpr int64_t whole = M / ROWS * ROWS;
+    for (int64_t m = 0; m < whole; m += ROWS)
+        add_columns<ROWS, K>(a + m, a_step, b, b_step, rows, sums + m * K);
+    for (int64_t m = whole; m < M; m++) add_columns<1, K>(a + m, a_step, b, b_step, rows, sums + m * K);
+}
+
+// sums[k] += sum_r x[r, k]
+template <int64_t K>
+static void add_rows(const Real* x, int64_t step, int64_t rows, Real* sums) {
+    constexpr int64_t whole = K / LANES * LANES;
+    for (int64_t c = 0; c < whole; c += LANES) {
+        Vec sum = Vec::loadu(sums + c);
+        for (int64_t r = 0; r < rows; r++) sum = sum + Vec::loadu(x + r * step + c);
+        sum.store(sums + c);
+    }
+    for (int64_t c = whole; c < K; c++)
+        for (int64_t r = 0; r < rows; r++) sums[c] += x[r * step + c];
+}
+
+// Rows are independent: each thread takes some of them through all steps, ROWS at a time. Calls
+// f(number of rows as a constant, step, first row, scratch), and g(part, step, first row, number of rows)
+// after each step.
+template <typename F, typename G>
+static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scratch_size, F f, G g) {
     const int64_t groups = (batch + ROWS - 1) / ROWS, parts = std::max<int64_t>(std::min(threads, groups), 1);
     #pragma omp parallel for num_threads(parts) if (parts > 1)
     for (int64_t part = 0; part < parts; part++) {
@@ -105,6 +173,7 @@ static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scr
                 else if (count == 2) f(std::integral_constant<int64_t, 2>(), s, row, scratch.data());
                 else f(std::integral_constant<int64_t, 1>(), s, row, scratch.data());
             }
+            g(part, s, first, end - first);
         }
     }
 }
@@ -118,23 +187,15 @@ class Argument:
     name: str
     shape: tuple[int, ...]
     """Of one step."""
-    steps: bool
+    steps: bool = False
     """Whether there is one for each step."""
 
-    @property
-    def size(self) -> int:
-        """Elements of a row."""
-        return row_size(self.shape)
-
-    def here(self, step: str) -> str:
+    def here(self, step: str = "t") -> str:
         """The address of the first row's elements at a step."""
+        size = row_size(self.shape)
         rows = ROWS in self.shape
-        along = f" + {step} * {'batch * ' if rows else ''}{self.size}" if self.steps else ""
-        return f"{self.name}{along}{f' + row * {self.size}' if rows else ''}"
-
-    def value(self, at: str) -> Value:
-        """The elements, where ``at`` is a variable with the address."""
-        return Value(f"({at} + r * {self.size})" if ROWS in self.shape else at, compact(self.shape))
+        along = f" + {step} * {'batch * ' if rows else ''}{size}" if self.steps else ""
+        return f"{self.name}{along}{f' + row * {size}' if rows else ''}"
 
 
 class CppRecurrence:
@@ -148,86 +209,111 @@ class CppRecurrence:
         if dtype not in _TYPES:
             raise CannotRewrite(f"there is no kernel for {dtype}")
         self.program = program
-        source = recurrence_source(program, dtype, reverse=reverse)
-        count = len(program.inputs) + len(program.shared)
-        arguments = [
-            *[f"const {_TYPES[dtype]}*"] * count,
-            *[f"{_TYPES[dtype]}*"] * (len(program.carry) + len(program.emitted)),
-            *["int64_t"] * 3,
-        ]
+        self._reverse = reverse
+        source, step = recurrence_source(program, dtype, reverse=reverse)
+        self._workspace, self._sums = step.workspace, step.summed
+        real = _TYPES[dtype]
+        read = len(program.inputs) + len(program.shared)
+        written = len(program.carry) + len(program.emitted) + len(self._workspace) + 1
+        arguments = [*[f"const {real}*"] * read, *[f"{real}*"] * written, *["int64_t"] * 3]
         try:
             self._run: Callable[..., None] = _compat.load_cpp_kernel(arguments, source)
         except Exception as error:  # a missing compiler shows itself in many ways
-            raise CannotRewrite(f"the kernel cannot be compiled: {error!r}") from error
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
 
-    def emitted_shapes(self) -> list[tuple[int, ...]]:
-        """Of what is emitted in each step, without the batch, which is the first dimension."""
-        (outputs,) = next(n for n in self.program.graph.nodes if n.op == "output").args
-        return [self.program.shape(n)[1:] for n in outputs[len(self.program.carry) :]]
+    def results(self, initial: Sequence[Tensor], steps: int) -> list[Tensor]:
+        """Tensors for what is returned: states, ``[T + 1, B, ...]`` or the last ones, emitted, sums."""
+        _, emitted, sums = self.program.results
+        shapes = [(steps, initial[0].shape[0], *self.program.shape(n)[1:]) for n in emitted]
+        shapes += [self.program.shape(n) for n in sums]
+        states = [(steps + 1, *x.shape) if self.program.keep else tuple(x.shape) for x in initial]
+        return [initial[0].new_empty(shape) for shape in (*states, *shapes)]
 
     def __call__(
-        self,
-        states: Sequence[Tensor],
-        emitted: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        shared: Sequence[Tensor],
-    ) -> None:
-        """Fill in ``states``, ``[T + 1, B, ...]`` each, from its first (if reverse its last) row on.
-
-        Also ``emitted``, ``[T, B, ...]`` each.
-        """
-        steps, batch = states[0].shape[0] - 1, states[0].shape[1]
-        dtype = states[0].dtype
-        read = [x.to(dtype).contiguous() for x in inputs]
-        weights = []
+        self, initial: Sequence[Tensor], inputs: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Run all steps; returns what :meth:`results` says."""
+        steps, first = inputs[0].shape[0], initial[0]
+        batch, threads = first.shape[0], torch.get_num_threads()
+        results = self.results(initial, steps)
+        n, keep = len(initial), self.program.keep
+        states = results[:n] if keep else [x.new_empty((2, *x.shape)) for x in initial]
+        for all_, x in zip(states, initial, strict=True):
+            all_[steps if keep and self._reverse else 0] = x
+        read = [x.to(first.dtype).contiguous() for x in inputs]
         for x in shared:
-            padded = x.new_empty(x.numel() + _PADDING, dtype=dtype)
+            padded = first.new_empty(x.numel() + _PADDING)
             padded[: x.numel()].view(x.shape).copy_(x)
-            weights.append(padded)
-        self._run(*read, *weights, *states, *emitted, steps, batch, torch.get_num_threads())
+            read.append(padded)
+        emitted = results[n : n + len(self.program.emitted)]
+        workspace = [first.new_empty(batch * size) for size in self._workspace]
+        sums = first.new_zeros(threads, sum(map(math.prod, self._sums)))
+        self._run(*read, *states, *emitted, *workspace, sums, steps, batch, threads)
+        if not keep:
+            results[:n] = [x[steps % 2].clone() for x in states]
+        totals = sums.sum(0).split([math.prod(shape) for shape in self._sums])
+        for total, shape, result in zip(totals, self._sums, results[n + len(emitted) :], strict=True):
+            found = total.view(shape)
+            result.copy_(found if tuple(result.shape) == shape else found.transpose(-1, -2))
+        return results
 
 
-def recurrence_source(program: StepProgram, dtype: torch.dtype, *, reverse: bool) -> str:
-    """C++ of the whole recurrence.
+def recurrence_source(program: StepProgram, dtype: torch.dtype, *, reverse: bool) -> tuple[str, StepSource]:
+    """C++ of the whole recurrence, and of its step.
 
     Raises:
         CannotRewrite: a step does something that has no translation.
     """
     shape = program.shape
     inputs = [Argument(f"x{i}", shape(n), True) for i, n in enumerate(program.inputs)]
-    shared = [Argument(f"s{i}", shape(n), False) for i, n in enumerate(program.shared)]
+    shared = [Argument(f"s{i}", shape(n)) for i, n in enumerate(program.shared)]
     carry = [Argument(f"y{i}", shape(n), True) for i, n in enumerate(program.carry)]
-    (outputs,) = next(n for n in program.graph.nodes if n.op == "output").args
-    emitted = [Argument(f"e{i}", shape(n), True) for i, n in enumerate(outputs[len(carry) :])]
+    emitted = [Argument(f"e{i}", shape(n), True) for i, n in enumerate(program.results[1])]
     for each in (*inputs, *shared, *carry):
         if ROWS in each.shape[1:]:
             raise CannotRewrite("the batch is not the first dimension of something that a step reads")
     if any(ROWS not in each.shape for each in carry):
         raise CannotRewrite("the state has no dimension for the batch")
-    before, after = ("t + 1", "t") if reverse else ("t", "t + 1")
-    lines = [f"const Real* in_{a.name} = {a.here(f'({before})')};" for a in carry]
-    lines += [f"Real* out_{a.name} = {a.here(f'({after})')};" for a in carry]
-    lines += [f"const Real* in_{a.name} = {a.here('t')};" for a in (*inputs, *shared)]
-    lines += [f"Real* out_{a.name} = {a.here('t')};" for a in emitted]
     nodes = (*program.carry, *program.inputs, *program.shared)
-    placed = {n: a.value(f"in_{a.name}") for n, a in zip(nodes, (*carry, *inputs, *shared), strict=True)}
-    results = [a.value(f"out_{a.name}") for a in (*carry, *emitted)]
-    source = StepSource(program.graph, placed, results, dtype)
+    given = (*carry, *inputs, *shared)
+    placed = {n: placed_rows(f"in_{a.name}", a.shape) for n, a in zip(nodes, given, strict=True)}
+    step = StepSource(program, placed, dtype)
+    workspace = [Argument(f"w{i}", (ROWS, size)) for i, size in enumerate(step.workspace)]
+    before, after = ("(t + 1)", "t") if reverse else ("t", "(t + 1)")
+    if not program.keep:
+        before, after = "(s % 2)", "((s + 1) % 2)"
+    lines = [f"const Real* in_{a.name} = {a.here(before)};" for a in carry]
+    lines += [f"Real* out_{a.name} = {a.here(after)};" for a in carry]
+    lines += [f"const Real* in_{a.name} = {a.here()};" for a in (*inputs, *shared)]
+    lines += [f"Real* out_{a.name} = {a.here()};" for a in (*emitted, *workspace)]
+    here = "\n".join([f"const int64_t t = {'steps - 1 - s' if reverse else 's'};", *lines])
     pointers = [f"const Real* {a.name}" for a in (*inputs, *shared)]
-    pointers += [f"Real* {a.name}" for a in (*carry, *emitted)]
-    names = [a.name for a in (*inputs, *shared, *carry, *emitted)]
+    pointers += [f"Real* {a.name}" for a in (*carry, *emitted, *workspace)]
+    names = ", ".join(a.name for a in (*inputs, *shared, *carry, *emitted, *workspace))
+    parameters = ", ".join(pointers)
+    size = sum(map(math.prod, step.summed))
     text = f"""
 template <int64_t N>
-static void step({", ".join(pointers)}, int64_t t, int64_t batch, int64_t row, Real* scratch) {{
-{chr(10).join(lines)}
-{source.text}
+static void step({parameters}, int64_t steps, int64_t s, int64_t batch, int64_t row, Real* scratch) {{
+{here}
+{step.text}
 }}
 
-extern "C" void kernel({", ".join(pointers)}, int64_t steps, int64_t batch, int64_t threads) {{
-for_steps(steps, batch, threads, {source.scratch}, [&](auto rows, int64_t s, int64_t row, Real* scratch) {{
-const int64_t t = {"steps - 1 - s" if reverse else "s"};
-step<decltype(rows)::value>({", ".join(names)}, t, batch, row, scratch);
+static void add({parameters}, int64_t steps, int64_t s, int64_t batch, int64_t row, int64_t count,
+                Real* sums) {{
+{here}
+{step.sums}
+}}
+
+extern "C" void kernel({parameters}, Real* sums, int64_t steps, int64_t batch, int64_t threads) {{
+for_steps(steps, batch, threads, {step.scratch},
+[&](auto rows, int64_t s, int64_t row, Real* scratch) {{
+step<decltype(rows)::value>({names}, steps, s, batch, row, scratch);
+}},
+[&](int64_t part, int64_t s, int64_t row, int64_t count) {{
+add({names}, steps, s, batch, row, count, sums + part * {size});
 }});
 }}
 """
-    return (_PRELUDE + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(_PADDING))
+    return (_PRELUDE + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(_PADDING)), step

@@ -90,3 +90,8 @@ def collapse(layouts: Sequence[list[tuple[int, int]]]) -> tuple[list[int], list[
                 continue
         kept.append((size, strides))
     return [size for size, _ in kept], [[s[i] for _, s in kept] for i in range(len(layouts))]
+
+
+def placed_rows(at: str, shape: Sequence[int]) -> Value:
+    """A value without gaps whose first row begins where the variable ``at`` points to."""
+    return Value(f"({at} + r * {row_size(shape)})" if ROWS in shape else at, compact(shape))

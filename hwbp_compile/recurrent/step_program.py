@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 
 from ..passes.linear_ops import op_name
 from ..passes.program import canonical_order, externals_of
+from ..passes.replay import COMMUTE
 from .cell_graph import CellGraph
 from .step_operators import aten
 
@@ -35,7 +36,7 @@ class StepProgram:
     """Its placeholders are the state, then what differs between the steps, then what they share."""
 
     graph: Graph
-    """Returns the next state, then what is emitted."""
+    """Returns the next state, then what is emitted, then what is summed."""
     carry: tuple[Node, ...]
     inputs: tuple[Node, ...]
     shared: tuple[Node, ...]
@@ -44,6 +45,17 @@ class StepProgram:
     read_shared: tuple[int, ...]
     emitted: tuple[int, ...]
     """Where in the cell's graph the nodes are whose values are returned for each step."""
+    sums: tuple[int, ...] = ()
+    """Where the nodes are whose sum over all rows and steps is returned."""
+    keep: bool = True
+    """Whether all states are returned, or the last ones only."""
+
+    @property
+    def results(self) -> tuple[tuple[Node, ...], tuple[Node, ...], tuple[Node, ...]]:
+        """Of the graph: the next state, what is emitted, and what is summed."""
+        (outputs,) = next(n for n in self.graph.nodes if n.op == "output").args
+        n, m = len(self.carry), len(self.carry) + len(self.emitted)
+        return tuple(outputs[:n]), tuple(outputs[n:m]), tuple(outputs[m:])
 
     @staticmethod
     def shape(node: Node) -> tuple[int, ...]:
@@ -51,29 +63,97 @@ class StepProgram:
         return tuple(node.meta["val"].shape)
 
 
+MOST_SUMMED = 1 << 16
+"""Elements of all sums together: a thread has them in its second-level cache."""
+
+
 def forward_program(cell: CellGraph, *, emit: bool) -> StepProgram:
     """The step from one state of a cell to the next. With ``emit``, the backward pass needs no more of it."""
     block = cell.forward
     order = canonical_order(block)
-    emitted = _anchors(_used_elsewhere(cell, order), set(order)) if emit else []
+    needed = [n for n in (*cell.block.exit, *cell.of_inputs, *cell.of_weights) if n is not None]
+    emitted = _anchors(_used_by(needed, set(order)), set(order)) if emit else []
     before, read = _with_what_is_cheap(cell, externals_of(block), {*cell.inputs})
-    return _program(cell, block.entry, [*before, *order], read, block.exit, emitted, None)
+    return _program(cell, block.entry, [*before, *order], read, block.exit, emitted)
 
 
-def backward_program(cell: CellGraph, added: Sequence[bool]) -> StepProgram:
+def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bool]) -> StepProgram:
     """The step from one cotangent of a cell's state to the one before: exact backpropagation through time.
+
+    As many gradients as possible are computed on the way, so that no cotangent has to be kept.
 
     Args:
         cell: traced with :data:`ROWS` rows.
         added: per component of the state, whether a cotangent joins from outside; the last of the inputs.
+        wanted: per input and weight, whether its gradient is.
     """
-    block = cell.block
-    order = canonical_order(block)
-    emitted = _anchors(_used_elsewhere(cell, order), set(order))
-    known = {node for i, node in enumerate(cell.graph.nodes) if i in forward_program(cell, emit=True).emitted}
-    known |= {*cell.carry, *cell.inputs}
-    before, read = _with_what_is_cheap(cell, externals_of(block), known)
-    return _program(cell, block.entry, [*before, *order], read, block.exit, emitted, added)
+    n = len(cell.inputs)
+    dependent = _depending_on(cell, cell.block.entry)
+    sums: dict[Node, None] = {}
+    emitted: dict[Node, None] = {}
+    rest: list[Node] = []
+    size = 0
+    for i, (gradient, use) in enumerate(zip((*cell.of_inputs, *cell.of_weights), wanted, strict=True)):
+        if not use or gradient is None:
+            continue
+        terms = None if i < n else _summed(gradient, dependent)
+        extra = sum(t.meta["val"].numel() for t in terms or () if t not in sums)
+        if i < n and gradient in dependent and _can_be_returned(gradient):
+            emitted.setdefault(gradient)
+        elif terms is not None and size + extra <= MOST_SUMMED:
+            size += extra
+            sums.update(dict.fromkeys(terms))
+        else:
+            rest.append(gradient)
+    roots = [*cell.block.exit, *emitted, *(o for s in sums for o in s.all_input_nodes)]
+    order = _needed_for(roots, dependent)
+    emitted.update(dict.fromkeys(_anchors(_used_by(rest, set(order)), set(order))))
+    outside = [o for node in (*order, *sums) for o in node.all_input_nodes if o not in dependent]
+    known = {cell.nodes[i] for i in forward_program(cell, emit=True).emitted} | {*cell.carry, *cell.inputs}
+    before, read = _with_what_is_cheap(cell, list(dict.fromkeys(outside)), known)
+    entry = cell.block.entry
+    body = [*before, *(x for x in order if x not in entry)]
+    return _program(cell, entry, body, read, cell.block.exit, [*emitted], added, [*sums], bool(rest))
+
+
+def _depending_on(cell: CellGraph, sources: Sequence[Node]) -> set[Node]:
+    reached = set(sources)
+    for node in cell.nodes:
+        if any(n in reached for n in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _needed_for(roots: Sequence[Node], inside: set[Node]) -> list[Node]:
+    """All nodes of ``inside`` that the roots are computed from, operands first."""
+    order: dict[Node, None] = {}
+    stack = [(n, False) for n in reversed(roots) if n in inside]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.setdefault(node)
+        elif node not in order:
+            stack.append((node, True))
+            stack.extend((n, False) for n in reversed(node.all_input_nodes) if n in inside and n not in order)
+    return list(order)
+
+
+def _summed(gradient: Node, dependent: set[Node]) -> list[Node] | None:
+    """What a weight's gradient is the sum over rows of; None if it is nothing of that kind."""
+    node = gradient
+    while node.op == "call_function" and op_name(node) in COMMUTE and node in dependent:
+        (node,) = node.all_input_nodes
+    if node not in dependent or node.op != "call_function":
+        return None
+    name, shapes = op_name(node), [tuple(n.meta["val"].shape) for n in node.all_input_nodes]
+    if name == "aten::add" and len(shapes) == 2 and not node.kwargs:
+        terms = [_summed(n, dependent) for n in node.all_input_nodes]
+        return None if None in terms else [t for each in terms for t in each or ()]
+    if name in ("aten::mm", "aten::bmm") and len(shapes) == 2:
+        return [node] if shapes[0][-1] == shapes[1][-2] == ROWS else None
+    if name == "aten::sum" and len(node.args) > 1 and node.args[1] == [0]:
+        return [node] if shapes[0][0] == ROWS else None
+    return None
 
 
 def _with_what_is_cheap(
@@ -95,23 +175,19 @@ def _with_what_is_cheap(
     return list(inside), list(read)
 
 
-def _used_elsewhere(cell: CellGraph, order: Sequence[Node]) -> list[Node]:
-    """Of these nodes those that something else in the graph needs, in order."""
-    inside = set(order)
-    wanted = [*cell.block.exit, *cell.of_inputs, *cell.of_weights]
+def _used_by(wanted: Sequence[Node], inside: set[Node]) -> list[Node]:
+    """What is needed of the nodes ``inside`` to compute those wanted."""
+    found: dict[Node, None] = {}
     seen: set[Node] = set()
-    stack = [n for n in wanted if n is not None]
-    found = {n for n in stack if n in inside and n not in cell.block.exit}
+    stack = list(wanted)
     while stack:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for operand in node.all_input_nodes:
-            stack.append(operand)
-            if operand in inside and node not in inside:
-                found.add(operand)
-    return [n for n in order if n in found]
+        if node in inside:
+            found.setdefault(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return list(found)
 
 
 def _anchors(needed: Iterable[Node], inside: set[Node]) -> list[Node]:
@@ -157,7 +233,9 @@ def _program(
     outside: Sequence[Node],
     exit_: Sequence[Node],
     emitted: Sequence[Node],
-    added: Sequence[bool] | None,
+    added: Sequence[bool] | None = None,
+    sums: Sequence[Node] = (),
+    keep: bool = True,
 ) -> StepProgram:
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -178,7 +256,7 @@ def _program(
         for i, (n, w) in enumerate(zip(exit_, wanted, strict=True))
     ]
     copies.update((n, placeholder(n, f"shared_{i}")) for i, n in enumerate(shared))
-    for node in order:
+    for node in (*order, *sums):
         copies[node] = graph.node_copy(node, copies.__getitem__)
     results = []
     for node, plus in zip(exit_, more, strict=True):
@@ -187,7 +265,7 @@ def _program(
             result = graph.call_function(torch.ops.aten.add.Tensor, (result, plus))
             result.meta["val"] = node.meta["val"]
         results.append(result)
-    graph.output((*results, *(copies[n] for n in emitted)))
+    graph.output((*results, *(copies[n] for n in (*emitted, *sums))))
     index = {node: i for i, node in enumerate(cell.graph.nodes)}
     return StepProgram(
         graph=graph,
@@ -197,4 +275,6 @@ def _program(
         read=tuple(index[n] for n in read),
         read_shared=tuple(index[n] for n in shared),
         emitted=tuple(index[n] for n in emitted),
+        sums=tuple(index[n] for n in sums),
+        keep=keep,
     )

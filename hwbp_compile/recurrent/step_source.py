@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ..errors import CannotRewrite
 from ..passes.linear_ops import nodes_in, op_name
-from .step_layout import ROWS_STRIDE, Value, align, collapse, compact, row_size
-from .step_operators import PLUS, POINTWISE, REDUCTIONS, RESHAPES, VIEWS, number
-from .step_program import ROWS
+from .step_layout import ROWS_STRIDE, Value, align, collapse, compact, placed_rows, row_size
+from .step_operators import COPIES, PLUS, POINTWISE, REDUCTIONS, RESHAPES, VIEWS, number
+from .step_program import ROWS, StepProgram
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
 """Operators that are told where to write."""
@@ -25,44 +25,64 @@ class StepSource:
     """Writes the statements of one step.
 
     Args:
-        graph: the step: its placeholders are the states, then what it reads.
+        program: the step. Next states are written to rows of variables out_y0, out_y1 ..., what is emitted
+            to out_e0 ..., what is summed for all rows together is kept in out_w0 ...
         placed: the values of the placeholders.
-        results: where the next states go, in the order of the graph's outputs.
         dtype: of all values.
 
     Raises:
         CannotRewrite: the step does something that is not written here, or mixes the rows of the batch.
     """
 
-    def __init__(
-        self, graph: Graph, placed: dict[Node, Value], results: Sequence[Value], dtype: torch.dtype
-    ) -> None:
-        self._graph = graph
+    def __init__(self, program: StepProgram, placed: dict[Node, Value], dtype: torch.dtype) -> None:
         self._values: dict[Node, Any] = dict(placed)
         self._dtype = dtype
         self._lines: list[str] = []
         self._group: list[Node] = []
-        self._used_outside: set[Node] = set()
+        self._sum_lines: list[str] = []
         self.scratch = 0
         """How many elements a row needs."""
-        (outputs,) = next(n for n in graph.nodes if n.op == "output").args
+        self.workspace: list[int] = []
+        """Sizes of a row in buffers that hold one step of all rows, of what is summed over them."""
+        self.summed: list[tuple[int, ...]] = []
+        """The shape of each sum; the last two dimensions may be exchanged."""
+        following, emitted, sums = program.results
         self._results: dict[Node, Value] = {}
         copies = []
-        for node, target in zip(outputs, results, strict=True):
-            source = _source(node)
-            written = source.op == "call_function" and op_name(source) in (*POINTWISE, *_WRITERS)
-            same = tuple(source.meta["val"].shape) == tuple(target.where.shape)
-            if written and same and source not in self._results:
-                self._results[source] = target
-            else:
-                copies.append((node, target))
-        for node in graph.nodes:
-            if node.op == "call_function":
+        for prefix, nodes in (("out_y", following), ("out_e", emitted)):
+            for i, node in enumerate(nodes):
+                target = placed_rows(f"{prefix}{i}", program.shape(node))
+                if not self._write_into(node, target):
+                    copies.append((node, target))
+        for node in sums:
+            for operand in node.all_input_nodes:
+                source = _source(operand, through=VIEWS)
+                if source not in self._results and source not in placed and _begins_with_rows(source):
+                    self._write_into(source, self._new_workspace(program.shape(source)))
+        for node in program.graph.nodes:
+            if node.op == "call_function" and node not in sums:
                 self._check(node)
                 self._write(node)
         self._flush()
         for node, target in copies:
             self._copy(self._value(node), target)
+        for node in sums:
+            self._sum(node)
+
+    def _write_into(self, node: Node, target: Value) -> bool:
+        """Have a value computed right where it is to go, if it can be told to."""
+        source = _source(node)
+        told = source.op == "call_function" and op_name(source) in (*POINTWISE, *_WRITERS)
+        same = tuple(source.meta["val"].shape) == tuple(target.where.shape)
+        if told and same and source not in self._results:
+            self._results[source] = target
+            return True
+        return False
+
+    @property
+    def sums(self) -> str:
+        """The statements that add a step of all rows to the sums."""
+        return "\n".join(self._sum_lines)
 
     @property
     def text(self) -> str:
@@ -391,6 +411,52 @@ class StepSource:
         self._copy(value, copy)
         return copy
 
+    def _new_workspace(self, shape: Sequence[int]) -> Value:
+        self.workspace.append(row_size(shape))
+        return placed_rows(f"out_w{len(self.workspace) - 1}", shape)
+
+    def _sum(self, node: Node) -> None:
+        """Add to a sum over rows: a product ``a^T @ b``, or the rows of one value."""
+        operands = [self._value(n) for n in node.all_input_nodes]
+        if op_name(node) == "aten::sum":
+            (x,) = operands
+            rows = self._for_all_rows(x, matrix=False)
+            size = row_size(rows.where.shape)
+            start = self._start_of_sum(tuple(node.meta["val"].shape))
+            self._sum_lines.append(
+                f"add_rows<{size}>({rows.of_product('0')}, {rows.row_step}, count, sums + {start});"
+            )
+            return
+        many = node.meta["val"].shape[0] if len(node.meta["val"].shape) == 3 else 1
+        a, b = (self._for_all_rows(x, matrix=True) for x in (operands[0].transposed(), operands[1]))
+        wide = b.where.shape[-1] >= min(a.where.shape[-1], 16)
+        a, b = (a, b) if wide else (b, a)
+        m, k = a.where.shape[-1], b.where.shape[-1]
+        shape = tuple(node.meta["val"].shape[:-2])
+        start = self._start_of_sum((*shape, m, k))
+        self._sum_lines.append(
+            f"for (int64_t m = 0; m < {many}; m++) add_product<{m}, {k}>({a.of_product('m')}, {a.row_step}, "
+            f"{b.of_product('m')}, {b.row_step}, count, sums + {start} + m * {m * k});"
+        )
+
+    def _start_of_sum(self, shape: tuple[int, ...]) -> int:
+        start = sum(map(math.prod, self.summed))
+        self.summed.append(shape)
+        return start
+
+    def _for_all_rows(self, value: Value, *, matrix: bool) -> Value:
+        """Where each row's elements still are when the step is done, without gaps (in a matrix' row)."""
+        gaps = collapse([value.dims])[1][0] not in ([], [1])
+        if matrix:
+            gaps = value.where.stride(-1) != 1 and value.where.shape[-1] != 1
+        if not gaps and "scratch" not in value.base:
+            return value
+        copy = self._new_workspace([ROWS, *(size for size, _ in value.dims)])
+        if value.where.shape[0] != ROWS:
+            copy = Value(copy.base, copy.where.movedim(0, -2))
+        self._copy(value, copy)
+        return copy
+
     def _cat(self, node: Node) -> None:
         parts: Any = node.args[0]
         dim: Any = node.args[1] if len(node.args) > 1 else 0
@@ -407,8 +473,13 @@ class StepSource:
         self._values[node] = out
 
 
-def _source(node: Node) -> Node:
+def _source(node: Node, through: Collection[str] = COPIES) -> Node:
     """The node whose value this one passes on."""
-    while node.op == "call_function" and op_name(node) in ("aten::alias", "aten::clone", "aten::detach"):
+    while node.op == "call_function" and op_name(node) in through:
         (node,) = nodes_in(node.args)
     return node
+
+
+def _begins_with_rows(node: Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == ROWS

@@ -34,6 +34,10 @@ class CellReplay(Replay[Node]):
         """Add to what is known."""
         self._values[node] = value
 
+    def give_total(self, node: Node, value: Tensor) -> None:
+        """Add a sum over the steps to what is known."""
+        self._totals[node] = value
+
     def node(self, key: Node) -> Node:
         """The key is the node."""
         return key
