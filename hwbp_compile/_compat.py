@@ -60,23 +60,31 @@ def trace_shapes(
         values = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
         for value in values[: len(differentiable)]:
             value.requires_grad_()
-        traced = make_fx(function, decomposition_table=dict(decompositions()))(*values)
+        # The decompositions of products depend on sizes, and what is done must not.
+        products = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")}
+        table = {op: rule for op, rule in decompositions().items() if op not in products}
+        traced = make_fx(function, decomposition_table=table)(*values)
         if any(_mutates(node) for node in traced.graph.nodes):
             # Not in the first trace: functionalize cannot be around autograd.
             functional = torch.func.functionalize(traced, remove="mutations")
             with torch.no_grad():
                 traced = make_fx(functional)(*values)
-            _without_copies(traced.graph)
+    _without_copies(traced.graph)
     traced.graph.eliminate_dead_code()
     return traced
 
 
 def _without_copies(graph: fx.Graph) -> None:
-    """What was written over another value is used as it is."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy.default):
-        over, value = node.args[:2]
-        if isinstance(value, fx.Node) and isinstance(over, fx.Node):
-            a, b = over.meta["val"], value.meta["val"]
+    """Values are used as they are, not their copies; whether there are copies depends on sizes."""
+    aten = torch.ops.aten
+    for node in graph.nodes:
+        value = None
+        if node.target in (aten.clone.default, aten.alias.default, aten.detach.default):
+            value = node.args[0]
+        elif node.target is aten.copy.default:
+            value = node.args[1]
+        if isinstance(value, fx.Node):
+            a, b = node.meta["val"], value.meta["val"]
             if a.shape == b.shape and a.dtype == b.dtype:
                 node.replace_all_uses_with(value)
 

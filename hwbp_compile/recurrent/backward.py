@@ -133,9 +133,9 @@ def run(
     shared = [replay.value(cell.nodes[i]) for i in program.read_shared]
     states, emitted, sums = recurrence(initial, inputs, shared, kernel, reverse=reverse)
     for i, x in zip(program.emitted, emitted, strict=True):
-        replay.give(cell.nodes[i], Stacked(x))
+        replay.give(cell.nodes[i], Stacked(x.reshape(replay.steps, *cell.nodes[i].meta["val"].shape)))
     for i, x in zip(program.sums, sums, strict=True):
-        replay.give_total(cell.nodes[i], x)
+        replay.give_total(cell.nodes[i], x.reshape(cell.nodes[i].meta["val"].shape))
     return states
 
 

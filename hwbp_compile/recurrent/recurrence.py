@@ -120,7 +120,7 @@ def kernel_name(
             "weights": [shape(x, False) for x in weights],
             "graph": cell.signature,
             "batch": batch if isinstance(batch, int) else None,
-            "shapes": _shapes(cell, 0) if isinstance(batch, int) else None,
+            "shapes": _shapes(cell, batch) if isinstance(batch, int) else None,
         }
     )
     _kernel(name)
@@ -128,9 +128,12 @@ def kernel_name(
 
 
 def _shapes(cell: CellGraph, batch: int) -> str:
-    """The shapes of all of a cell's values, of a batch of so many if it was traced with :data:`ROWS`."""
+    """The shapes of all of a cell's values, for a batch of so many if it was traced with :data:`ROWS`."""
     values = [n.meta.get("val") for n in cell.nodes]
-    sizes = [[batch if batch and d == ROWS else d for d in x.shape] for x in values if isinstance(x, Tensor)]
+    sizes = [[batch if d == ROWS else d for d in x.shape] for x in values if isinstance(x, Tensor)]
+    if batch == 1:
+        # Dimensions of one element may stand in any order, which changes nothing.
+        sizes = [[d for d in each if d != 1] for each in sizes]
     return hashlib.sha256(str(sizes).encode()).hexdigest()[:16]
 
 

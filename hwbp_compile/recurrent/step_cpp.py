@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import CannotRewrite
-from .step_layout import placed_rows, row_size
+from .step_layout import Value, placed_rows, row_size
 from .step_program import ROWS, StepProgram
 from .step_source import StepSource
 
@@ -36,8 +36,11 @@ _PRELUDE = """
 using Real = REAL;
 using Vec = at::vec::Vectorized<Real>;
 constexpr int64_t LANES = Vec::size();
-constexpr int64_t WIDE = sizeof(Vec) > 32 ? 4 : 2;  // vectors of columns in a tile, as many as fit
-constexpr int64_t ROWS = 4;      // rows of the batch in a tile
+constexpr bool MANY = sizeof(Vec) > 32;   // registers: 32 instead of 16
+constexpr int64_t ROWS = MANY ? 8 : 4;    // rows of the batch in a tile
+constexpr int64_t LEAST = 2;              // rows that are worth a thread
+// Vectors of columns in a tile of N rows, as many as fit.
+template <int64_t N> constexpr int64_t WIDE = MANY ? (N > 4 ? 2 : 4) : 2;
 
 // out[r, c] = start[r, c] + sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns, the last of
 // which has `count` columns. Rows are *_step elements apart.
@@ -78,11 +81,11 @@ static inline void tile(const Real* x, int64_t x_step, const Real* weight, int64
 template <int64_t N, int64_t K, int64_t W, bool START>
 static void product(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step, const Real* start,
                     int64_t start_step, Real* out, int64_t out_step) {
-    constexpr int64_t wide = W / (WIDE * LANES) * WIDE * LANES, whole = W / LANES * LANES;
-    #define TILE(C, COUNT, AT) \\
-        tile<N, C, K, START, COUNT>(x, x_step, weight + AT, weight_step, START ? start + AT : start, \\
+    constexpr int64_t C = WIDE<N>, wide = W / (C * LANES) * C * LANES, whole = W / LANES * LANES;
+    #define TILE(COLUMNS, COUNT, AT) \\
+        tile<N, COLUMNS, K, START, COUNT>(x, x_step, weight + AT, weight_step, START ? start + AT : start, \\
                                     start_step, out + AT, out_step)
-    for (int64_t c = 0; c < wide; c += WIDE * LANES) TILE(WIDE, LANES, c);
+    for (int64_t c = 0; c < wide; c += C * LANES) TILE(C, LANES, c);
     for (int64_t c = wide; c < whole; c += LANES) TILE(1, LANES, c);
     if constexpr (whole < W) TILE(1, W - whole, whole);
     #undef TILE
@@ -123,9 +126,9 @@ static inline void add_tile(const Real* a, int64_t a_step, const Real* b, int64_
 template <int64_t M, int64_t K>
 static void add_columns(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
                         Real* sums) {
-    constexpr int64_t wide = K / (WIDE * LANES) * WIDE * LANES, whole = K / LANES * LANES;
-    for (int64_t c = 0; c < wide; c += WIDE * LANES)
-        add_tile<M, WIDE, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
+    constexpr int64_t C = WIDE<4>, wide = K / (C * LANES) * C * LANES, whole = K / LANES * LANES;
+    for (int64_t c = 0; c < wide; c += C * LANES)
+        add_tile<M, C, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
     for (int64_t c = wide; c < whole; c += LANES)
         add_tile<M, 1, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
     if constexpr (whole < K) add_tile<M, 1, K, K - whole>(a, a_step, b + whole, b_step, rows, sums + whole);
@@ -135,9 +138,9 @@ static void add_columns(const Real* a, int64_t a_step, const Real* b, int64_t b_
 template <int64_t M, int64_t K>
 static void add_product(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
                         Real* sums) {
-    constexpr int64_t whole = M / ROWS * ROWS;
-    for (int64_t m = 0; m < whole; m += ROWS)
-        add_columns<ROWS, K>(a + m, a_step, b, b_step, rows, sums + m * K);
+    constexpr int64_t whole = M / 4 * 4;
+    for (int64_t m = 0; m < whole; m += 4)
+        add_columns<4, K>(a + m, a_step, b, b_step, rows, sums + m * K);
     for (int64_t m = whole; m < M; m++) add_columns<1, K>(a + m, a_step, b, b_step, rows, sums + m * K);
 }
 
@@ -159,19 +162,22 @@ static void add_rows(const Real* x, int64_t step, int64_t rows, Real* sums) {
 // after each step.
 template <typename F, typename G>
 static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scratch_size, F f, G g) {
-    const int64_t groups = (batch + ROWS - 1) / ROWS, parts = std::max<int64_t>(std::min(threads, groups), 1);
+    const int64_t groups = (batch + LEAST - 1) / LEAST;
+    const int64_t parts = std::max<int64_t>(std::min(threads, groups), 1);
     #pragma omp parallel for num_threads(parts) if (parts > 1)
     for (int64_t part = 0; part < parts; part++) {
-        const int64_t first = groups * part / parts * ROWS;
-        const int64_t end = std::min(groups * (part + 1) / parts * ROWS, batch);
+        const int64_t first = groups * part / parts * LEAST;
+        const int64_t end = std::min(groups * (part + 1) / parts * LEAST, batch);
         std::vector<Real> scratch(ROWS * scratch_size + PADDING);
         for (int64_t s = 0; s < steps; s++) {
-            for (int64_t row = first; row < end; row += ROWS) {
-                const int64_t count = std::min(ROWS, end - row);
-                if (count == 4) f(std::integral_constant<int64_t, 4>(), s, row, scratch.data());
-                else if (count == 3) f(std::integral_constant<int64_t, 3>(), s, row, scratch.data());
+            for (int64_t row = first; row < end;) {
+                const int64_t left = end - row;
+                const int64_t count = left >= ROWS ? ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                if (count == ROWS) f(std::integral_constant<int64_t, ROWS>(), s, row, scratch.data());
+                else if (count == 4) f(std::integral_constant<int64_t, 4>(), s, row, scratch.data());
                 else if (count == 2) f(std::integral_constant<int64_t, 2>(), s, row, scratch.data());
                 else f(std::integral_constant<int64_t, 1>(), s, row, scratch.data());
+                row += count;
             }
             g(part, s, first, end - first);
         }
@@ -189,6 +195,17 @@ class Argument:
     """Of one step."""
     steps: bool = False
     """Whether there is one for each step."""
+
+    @property
+    def batch_dim(self) -> int:
+        """Which dimension the batch is; a kernel is given it as the first."""
+        return self.shape.index(ROWS) if ROWS in self.shape else 0
+
+    def value(self) -> Value:
+        """Where a row's elements are, from the variable ``in_`` on."""
+        moved = [d for d in self.shape if d != ROWS]
+        rows = placed_rows(f"in_{self.name}", [ROWS, *moved] if ROWS in self.shape else moved)
+        return Value(rows.base, rows.where.movedim(0, self.batch_dim)) if self.batch_dim else rows
 
     def here(self, step: str = "t") -> str:
         """The address of the first row's elements at a step."""
@@ -241,10 +258,16 @@ class CppRecurrence:
         states = results[:n] if keep else [x.new_empty((2, *x.shape)) for x in initial]
         for all_, x in zip(states, initial, strict=True):
             all_[steps if keep and self._reverse else 0] = x
-        read = [x.to(first.dtype).contiguous() for x in inputs]
-        for x in shared:
+        read = []
+        for x, node in zip(inputs, self.program.inputs, strict=True):
+            dim = Argument("", self.program.shape(node)).batch_dim
+            read.append(
+                x.to(first.dtype).movedim(1 + dim, 1).contiguous() if dim else x.to(first.dtype).contiguous()
+            )
+        for x, node in zip(shared, self.program.shared, strict=True):
+            moved = x.movedim(Argument("", self.program.shape(node)).batch_dim, 0) if x.dim() else x
             padded = first.new_empty(x.numel() + _PADDING)
-            padded[: x.numel()].view(x.shape).copy_(x)
+            padded[: x.numel()].view(moved.shape).copy_(moved)
             read.append(padded)
         emitted = results[n : n + len(self.program.emitted)]
         workspace = [first.new_empty(batch * size) for size in self._workspace]
@@ -270,14 +293,11 @@ def recurrence_source(program: StepProgram, dtype: torch.dtype, *, reverse: bool
     shared = [Argument(f"s{i}", shape(n)) for i, n in enumerate(program.shared)]
     carry = [Argument(f"y{i}", shape(n), True) for i, n in enumerate(program.carry)]
     emitted = [Argument(f"e{i}", shape(n), True) for i, n in enumerate(program.results[1])]
-    for each in (*inputs, *shared, *carry):
-        if ROWS in each.shape[1:]:
-            raise CannotRewrite("the batch is not the first dimension of something that a step reads")
-    if any(ROWS not in each.shape for each in carry):
-        raise CannotRewrite("the state has no dimension for the batch")
+    if any(each.shape[:1] != (ROWS,) for each in carry):
+        raise CannotRewrite("the batch is not the first dimension of the state")
     nodes = (*program.carry, *program.inputs, *program.shared)
     given = (*carry, *inputs, *shared)
-    placed = {n: placed_rows(f"in_{a.name}", a.shape) for n, a in zip(nodes, given, strict=True)}
+    placed = {n: a.value() for n, a in zip(nodes, given, strict=True)}
     step = StepSource(program, placed, dtype)
     workspace = [Argument(f"w{i}", (ROWS, size)) for i, size in enumerate(step.workspace)]
     before, after = ("(t + 1)", "t") if reverse else ("t", "(t + 1)")

@@ -26,7 +26,8 @@ ROWS = 7919
 _CHEAP = aten(
     "add sub rsub mul neg where square relu abs maximum minimum eq ne lt le gt ge logical_and logical_or "
     "logical_not bitwise_and bitwise_or bitwise_not clamp clamp_min clamp_max addcmul "
-    "alias clone detach view _unsafe_view reshape unsqueeze squeeze"
+    "alias clone detach view _unsafe_view reshape unsqueeze squeeze "
+    "permute transpose t expand"
 ) | {"prims::fma", "prims::view_of"}
 _PARTS = aten("split split_with_sizes slice select unbind")
 

@@ -161,13 +161,13 @@ class StepSource:
         target: Any = torch.ops.aten.view.default if op_name(node) in RESHAPES else node.target
         try:
             found = target(value.where, *node.args[1:], **node.kwargs)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             copy = self._new(value.where.shape)
             self._copy(value, copy)
             value = copy
             try:
                 found = target(value.where, *node.args[1:], **node.kwargs)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 raise CannotRewrite(f"{node.target} mixes the rows of the batch", node) from error
         several = isinstance(found, (tuple, list))
         parts = [Value(value.base, x) for x in (found if several else [found])]

@@ -1,0 +1,300 @@
+"""Cells of torch's ``scan``: exact by kernels and at k = T, the reference's gradient at every k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import Settings, Step, reference_run
+from scan_cells import CELLS, Cell, State
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+
+from hwbp_compile import explain
+
+TOLERANCE = 1e-10
+
+
+def loop(step: Any, init: Any, xs: Any) -> Any:
+    """What a scan means."""
+    outputs = []
+    for t in range(xs.shape[0]):
+        init, y = step(init, xs[t])
+        outputs.append(y)
+    return init, torch.stack(outputs)
+
+
+class Model(nn.Module):
+    """A cell over time, with a loss that reads every step, through a projection, and the last states."""
+
+    def __init__(self, cell: Cell, every_step: bool = True) -> None:
+        super().__init__()
+        self.cell, self.every_step = cell, every_step
+        weights = [0.4 * torch.randn(shape, dtype=torch.float64) for shape in cell.weights]
+        self.weights = nn.ParameterList(weights)
+        self.readout = nn.Parameter(torch.randn(2, cell.hidden, dtype=torch.float64))
+
+    def forward(self, x: Tensor, *carry: Tensor, over_time: Any = scan) -> Tensor:
+        def step(state: State, x: Tensor) -> tuple[State, Tensor]:
+            state = self.cell.function(lambda y: y, state, x, *self.weights)
+            return state, state[0] @ self.readout.t()
+
+        last, y = over_time(step, tuple(carry), x)
+        return self.loss(y, last)
+
+    def loss(self, y: Tensor, last: Sequence[Tensor]) -> Tensor:
+        loss = sum((i + 1) * x.sin().sum() for i, x in enumerate(last))
+        return loss + y.square().sum() if self.every_step else loss
+
+
+def data(cell: Cell, steps: int, batch: int) -> list[Tensor]:
+    x = torch.randn(steps, batch, 3, dtype=torch.float64)
+    return [t.requires_grad_() for t in (x, *cell.carry(batch))]
+
+
+def gradients(model: nn.Module, forward: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    values = [*inputs, *model.parameters()]
+    found = torch.autograd.grad(forward(*inputs), values, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, values, strict=True)]
+
+
+def reference(model: Model, inputs: Sequence[Tensor], settings: Settings) -> list[Tensor]:
+    """Step by step, K from the cell's formula with all mixing held constant."""
+    cell = model.cell
+    n = cell.components
+    (x, *carry), weights = inputs, list(model.weights)
+
+    def at(t: int) -> Step:
+        def block(*values: Tensor) -> State:
+            return cell.function(lambda y: y, values[:n], values[n][t], *values[n + 1 :])
+
+        def diagonals(*values: Tensor) -> list[list[Tensor | None]]:
+            with torch.enable_grad():
+                state = [v.detach().requires_grad_() for v in values[:n]]
+                after = cell.function(torch.Tensor.detach, tuple(state), values[n][t], *values[n + 1 :])
+                return [
+                    list(torch.autograd.grad(a.sum(), state, retain_graph=True, allow_unused=True))
+                    if a.requires_grad
+                    else [None] * n
+                    for a in after
+                ]
+
+        return Step(block, diagonals, ())
+
+    states = reference_run(settings)([at(t) for t in range(x.shape[0])], tuple(carry), (x, *weights))
+    y = torch.stack([state[0] @ model.readout.t() for state in states[1:]])
+    return gradients(model, lambda *_: model.loss(y, states[-1]), inputs)
+
+
+def highway(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    torch._dynamo.reset()
+    options = {"codegen": "eager", **options}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    return gradients(model, compiled, inputs)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@given(
+    steps=st.integers(2, 7),
+    batch=st.sampled_from([1, 3, 5]),
+    every_step=st.booleans(),
+    iterations=st.integers(0, 3),
+    gamma=st.sampled_from([0.0, 0.0, 0.3]),
+    group_size=st.integers(1, 3),
+    exact_tail=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+def test_cells(
+    name: str,
+    steps: int,
+    batch: int,
+    every_step: bool,
+    iterations: int,
+    gamma: float,
+    group_size: int,
+    exact_tail: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    model = Model(CELLS[name], every_step)
+    inputs = data(model.cell, steps, batch)
+    expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
+    assert relative_error(highway(model, inputs, iterations="exact"), expected) <= TOLERANCE
+    splits: dict[str, Any] = {"gamma": gamma, "group_size": group_size, "exact_tail": exact_tail}
+    assert relative_error(highway(model, inputs, iterations=steps, **splits), expected) <= TOLERANCE
+    found = highway(model, inputs, iterations=iterations, **splits)
+    assert relative_error(found, reference(model, inputs, Settings(iterations, **splits))) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_an_approximation_is_one(name: str) -> None:
+    """So that what is exact above is not so because nothing was rewritten; explain says the same."""
+    model = Model(CELLS[name])
+    inputs = data(model.cell, 6, 3)
+    expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
+    assert relative_error(highway(model, inputs, iterations=0), expected) > 1e-3
+    (chain,) = explain(model, *inputs, options={"iterations": 2}).chains
+    assert chain.applied
+    assert chain.over == "time"
+    assert chain.blocks == 6
+    assert chain.iterations == 2
+    assert len(chain.shapes) == model.cell.components
+    assert "gate" in chain.residual
+
+
+def test_weights_without_gradients() -> None:
+    model = Model(CELLS["layer norm gru"])
+    for p in list(model.weights)[:2]:
+        p.requires_grad_(False)
+    x, h = data(model.cell, 5, 3)
+    values = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(x.detach(), h.detach(), over_time=loop), values)
+    for iterations in ("exact", 5):
+        options = {"iterations": iterations, "codegen": "eager"}
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+        found = torch.autograd.grad(compiled(x.detach(), h.detach()), values)
+        assert relative_error(list(found), list(expected)) <= TOLERANCE
+
+
+def test_directions_dimensions_and_structures() -> None:
+    """Scans from the end, along another dimension, of dictionaries, whose outputs are states as they are."""
+    model = Model(CELLS["layer norm lstm"])
+    h, c = model.cell.carry(3)
+    x = torch.randn(3, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, over_time: Any = scan) -> Tensor:
+        def step(state: dict[str, Tensor], x: dict[str, Tensor]) -> Any:
+            before = state["c"]
+            h, c = model.cell.function(lambda y: y, (state["h"], before), x["x"], *model.weights)
+            return {"h": h, "c": c}, {"after": c.clone(), "before": before.clone(), "both": h + before}
+
+        state = {"h": h, "c": c}
+        if over_time is scan:
+            last, y = scan(step, state, {"x": x}, dim=1, reverse=True)
+            y = {name: value.transpose(0, 1) for name, value in y.items()}
+        else:
+            outputs = []
+            for t in reversed(range(5)):
+                state, each = step(state, {"x": x[:, t]})
+                outputs.append(each)
+            last, y = state, {k: torch.stack([o[k] for o in outputs[::-1]]) for k in outputs[0]}
+        return sum((i + 1) * v.sin().sum() for i, v in enumerate((*y.values(), *last.values())))
+
+    expected = gradients(model, lambda x: run(x, loop), [x])
+    for iterations in ("exact", 5):
+        options = {"iterations": iterations, "codegen": "eager"}
+        compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
+        assert relative_error(gradients(model, compiled, [x]), expected) <= TOLERANCE
+
+
+def test_lengths_and_batches_that_change() -> None:
+    model = Model(CELLS["layer norm gru"])
+    graphs: list[int] = []
+    options = {"iterations": "exact", "codegen": "eager"}
+    for dynamic, most in ((None, 3), (True, 1)):
+        torch._dynamo.reset()
+        graphs.clear()
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True, dynamic=dynamic)
+        for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
+            inputs = data(model.cell, steps, batch)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            found = gradients(model, compiled, inputs)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+            expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
+            assert relative_error(found, expected) <= TOLERANCE
+        assert sum(graphs) <= most, graphs
+
+
+def test_without_gradients() -> None:
+    model = Model(CELLS["s lstm"])
+    inputs = data(model.cell, 6, 3)
+    compiled = torch.compile(model, backend="highway", options={"codegen": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), model(*inputs, over_time=loop))
+
+
+def _sorted(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return 0.9 * h + torch.tanh((h + x).sort(-1).values @ w)
+
+
+def _dropped(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return 0.9 * h + F.dropout(torch.tanh((h + x) @ w), 0.5)
+
+
+def _across_the_batch(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return 0.9 * h + torch.tanh((h + x - h.mean(0)) @ w)
+
+
+def _no_residual(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return torch.tanh((h + x) @ w)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (_sorted, "sort"),
+        (_dropped, "random"),
+        (_across_the_batch, "rows of the batch"),
+        (_no_residual, "no residual path"),
+    ],
+)
+def test_left_exact(function: Any, reason: str) -> None:
+    w = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def run(x: Tensor, h: Tensor, over_time: Any = scan) -> Tensor:
+        def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = function(h, x, w)
+            return h, h.clone()
+
+        return over_time(step, h, x)[1].square().sum()
+
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    (chain,) = explain(run, x, h, options={"iterations": 1}).chains
+    assert not chain.applied
+    assert reason in chain.reason
+    if reason == "random":
+        return
+    compiled = torch.compile(run, backend="highway", options={"iterations": 1, "codegen": "eager"})
+    expected = torch.autograd.grad(run(x, h, loop), [x, h, w])
+    found = torch.autograd.grad(compiled(x, h), [x, h, w])
+    assert relative_error(list(found), list(expected)) <= TOLERANCE
+
+
+def test_states_that_share_memory_and_mixed_precision() -> None:
+    """A scan that stays what it is compiles, where torch refuses its states; so does one under autocast."""
+    w = nn.Parameter(torch.randn(4, 4))
+
+    def step(state: tuple[Tensor, Tensor], x: Tensor) -> Any:
+        h, c = state
+        both = torch.tanh((h + x) @ w).sort(-1).values.float()
+        return (both, both + c), both * 2
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return scan(step, (torch.zeros(3, 4), torch.zeros(3, 4)), x)[1].float().sum()
+
+    def sorted_states(x: Tensor) -> Tensor:
+        return scan(step, (torch.zeros(3, 4), torch.zeros(3, 4)), x)[1].sum()
+
+    x = torch.randn(5, 3, 4)
+    compiled = torch.compile(sorted_states, backend="highway", options={"codegen": "eager"}, fullgraph=True)
+    _, y = loop(step, (torch.zeros(3, 4), torch.zeros(3, 4)), x)
+    torch.testing.assert_close(compiled(x), y.sum())
+    (chain,) = explain(run, x).chains
+    assert "mixed precision" in chain.reason
+
+
+def test_inductor_in_single_precision() -> None:
+    model = Model(CELLS["layer norm gru"]).float()
+    inputs = [t.detach().float().requires_grad_() for t in data(model.cell, 20, 4)]
+    expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
+    for iterations in ("exact", 20):
+        found = highway(model, inputs, iterations=iterations, codegen="inductor")
+        assert relative_error(found, expected) <= 1e-4
