@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Step:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
-def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+def measure(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, one after the other in turns."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
