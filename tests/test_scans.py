@@ -267,6 +267,36 @@ def test_left_exact(function: Any, reason: str) -> None:
     assert relative_error(list(found), list(expected)) <= TOLERANCE
 
 
+def test_large_matrices() -> None:
+    """A cell whose matrices leave the cache stays what it is, unless only the input's is large."""
+
+    def run(x: Tensor, h: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = 0.9 * h + torch.tanh(x @ u + h @ w)
+            return h, h.clone()
+
+        return scan(step, h, x)[1].square().sum()
+
+    def values(inputs: int, hidden: int) -> list[Tensor]:
+        shapes = [(3, 2, inputs), (2, hidden), (hidden, hidden), (inputs, hidden)]
+        return [(torch.randn(s).double() / s[-1]).requires_grad_() for s in shapes]
+
+    (chain,) = explain(run, *values(3, 600), options={"iterations": 1}).chains
+    assert "large" in chain.reason
+    arguments = values(9000, 32)
+    (chain,) = explain(run, *arguments, options={"iterations": 1}).chains
+    assert chain.applied
+    compiled = torch.compile(run, backend="highway", options={"iterations": "exact", "codegen": "eager"})
+    found = torch.autograd.grad(compiled(*arguments), arguments)
+    x, h, w, u = arguments
+    states = []
+    for x_t in x:
+        h = 0.9 * h + torch.tanh(x_t @ u + h @ w)
+        states.append(h)
+    expected = torch.autograd.grad(torch.stack(states).square().sum(), arguments)
+    assert relative_error(list(found), list(expected)) <= TOLERANCE
+
+
 def test_states_that_share_memory_and_mixed_precision() -> None:
     """A scan that stays what it is compiles, where torch refuses its states; so does one under autocast."""
     w = nn.Parameter(torch.randn(4, 4))

@@ -64,6 +64,8 @@ class StepProgram:
         return tuple(node.meta["val"].shape)
 
 
+LARGEST_MATRIX = 1 << 18
+"""Elements of a matrix up to which a kernel multiplies with it: it is to stay in the second-level cache."""
 MOST_SUMMED = 1 << 16
 """Elements of all sums together: a thread has them in its second-level cache."""
 
@@ -99,7 +101,7 @@ def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bo
             continue
         terms = None if i < n else _summed(gradient, dependent)
         extra = sum(t.meta["val"].numel() for t in terms or () if t not in sums)
-        if i < n and gradient in dependent and _can_be_returned(gradient):
+        if i < n and gradient in dependent and _can_be_returned(gradient) and not _is_large(gradient):
             emitted.setdefault(gradient)
         elif terms is not None and size + extra <= MOST_SUMMED:
             size += extra
@@ -115,6 +117,19 @@ def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bo
     entry = cell.block.entry
     body = [*before, *(x for x in order if x not in entry)]
     return _program(cell, entry, body, read, cell.block.exit, [*emitted], added, [*sums], bool(rest))
+
+
+def _is_large(gradient: Node) -> bool:
+    """Whether an input's gradient is a product with a matrix that is too large for a kernel."""
+    node = gradient
+    while node.op == "call_function" and op_name(node) in COMMUTE:
+        (node,) = node.all_input_nodes
+    return any(_size(n) > LARGEST_MATRIX for n in node.all_input_nodes)
+
+
+def _size(node: Node) -> int:
+    value = node.meta["val"]
+    return value.numel() if isinstance(value, Tensor) and ROWS not in value.shape else 0
 
 
 def _depending_on(cell: CellGraph, sources: Sequence[Node]) -> set[Node]:

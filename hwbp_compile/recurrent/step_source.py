@@ -15,7 +15,7 @@ from ..errors import CannotRewrite
 from ..passes.linear_ops import nodes_in, op_name
 from .step_layout import ROWS_STRIDE, Value, align, collapse, compact, placed_rows, row_size
 from .step_operators import COPIES, PLUS, POINTWISE, REDUCTIONS, RESHAPES, VIEWS, number
-from .step_program import ROWS, StepProgram
+from .step_program import LARGEST_MATRIX, ROWS, StepProgram
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
 """Operators that are told where to write."""
@@ -382,6 +382,8 @@ class StepSource:
             x, weight = weight.transposed(), x.transposed()
         if weight.has_rows or x.where.shape[-2] != ROWS:
             raise CannotRewrite(f"{node.target} of two values that both differ between the rows", node)
+        if weight.where.numel() > LARGEST_MATRIX:
+            raise CannotRewrite("its matrices are so large that the library's products are faster")
         x, weight = self._contiguous(x), self._contiguous(weight)
         inner, width = weight.where.shape[-2:]
         shape = [*node.meta["val"].shape[:-2], ROWS, width]
