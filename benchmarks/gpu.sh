@@ -11,3 +11,5 @@ for kind in gru lstm; do
     "$python" benchmarks/recurrent.py --device cuda --kind $kind \
         --shape 256 128 512 512 --shape 1024 128 64 64 --shape 4096 16 64 64
 done
+"$python" benchmarks/custom_cell.py --device cuda
+"$python" benchmarks/custom_cell.py --device cuda --shape 4096 16 64 64
