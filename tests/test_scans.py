@@ -193,6 +193,31 @@ def test_directions_dimensions_and_structures() -> None:
         assert relative_error(gradients(model, compiled, [x]), expected) <= TOLERANCE
 
 
+def test_outputs_that_are_written_to() -> None:
+    """What a scan returns are tensors of their own, also where they are the same states."""
+    model = Model(CELLS["layer norm gru"])
+
+    def run(x: Tensor, h: Tensor, over_time: Any = scan) -> Tensor:
+        def step(h: Tensor, x: Tensor) -> Any:
+            (after,) = model.cell.function(lambda y: y, (h,), x, *model.weights)
+            return after, torch.stack([h, after]) if over_time is loop else (h.clone(), after.clone())
+
+        last, y = over_time(step, h, x)
+        before, after = y.unbind(1) if over_time is loop else y
+        if over_time is loop:
+            return (before * 3 + 1).sin().sum() + (after * last).sin().sum()
+        before.mul_(3).add_(1)
+        return before.sin().sum() + (after * last).sin().sum()
+
+    inputs = data(model.cell, 5, 3)
+    expected = gradients(model, lambda *a: run(*a, over_time=loop), inputs)
+    for iterations in ("exact", 5):
+        options = {"iterations": iterations, "codegen": "eager"}
+        compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), run(*inputs, over_time=loop))
+        assert relative_error(gradients(model, compiled, inputs), expected) <= TOLERANCE
+
+
 def test_lengths_and_batches_that_change() -> None:
     model = Model(CELLS["layer norm gru"])
     graphs: list[int] = []

@@ -59,8 +59,12 @@ class CellGraph:
     @functools.cached_property
     def differing(self) -> frozenset[Node]:
         """The nodes whose values differ between the steps, apart from what depends on a cotangent."""
-        reached = {*self.carry, *self.inputs}
-        for node in self.graph.nodes:
+        return self.depending_on((*self.carry, *self.inputs))
+
+    def depending_on(self, sources: Sequence[Node]) -> frozenset[Node]:
+        """These nodes and all that are computed from them."""
+        reached = set(sources)
+        for node in self.nodes:
             if any(n in reached for n in node.all_input_nodes):
                 reached.add(node)
         return frozenset(reached)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -150,18 +150,31 @@ class Scan:
                 rest = (before, after, self.inputs, self.weights, self.cell)
                 several = graph.call_function(ops.cell_outputs.default, rest)
                 computed = [_item(graph, several, i) for i in range(len(self._computed))]
-            # The scan returned tensors of their own; a slice of the states would be changed along with them.
             taken = {"before": before, "after": after, "computed": computed}
-            results = [*states[n:], *(taken[kind][i] for kind, i in self._outputs)]
+            # The scan returned tensors of their own: what is written to one must not show in another.
+            outputs = [graph.call_method("clone", (taken[kind][i],)) for kind, i in self._outputs]
+            results = [*states[n:], *outputs]
         new.meta.update(node.meta)
         for user in list(node.users):
             index = user.args[1]
             assert isinstance(index, int)
             user.replace_all_uses_with(results[index])
             graph.erase_node(user)
+        _erase_unused(
+            [*reversed(results), *reversed(computed), *reversed([*before, *after]), *reversed(states)]
+        )
         graph.erase_node(node)
-        graph.eliminate_dead_code()
         return new
+
+
+def _erase_unused(nodes: Iterable[Node]) -> None:
+    """Erase those of these nodes that nothing reads.
+
+    Not ``Graph.eliminate_dead_code``: in Dynamo's graphs a node that nothing reads may write in place.
+    """
+    for node in dict.fromkeys(nodes):
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def _step(body: GraphModule, components: int) -> Step:

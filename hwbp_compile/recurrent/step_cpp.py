@@ -229,6 +229,10 @@ class CppRecurrence:
         self._reverse = reverse
         source, step = recurrence_source(program, dtype, reverse=reverse)
         self._workspace, self._sums = step.workspace, step.summed
+        self._batch_dims = [
+            [Argument("", program.shape(n)).batch_dim for n in nodes]
+            for nodes in (program.inputs, program.shared)
+        ]
         real = _TYPES[dtype]
         read = len(program.inputs) + len(program.shared)
         written = len(program.carry) + len(program.emitted) + len(self._workspace) + 1
@@ -259,13 +263,11 @@ class CppRecurrence:
         for all_, x in zip(states, initial, strict=True):
             all_[steps if keep and self._reverse else 0] = x
         read = []
-        for x, node in zip(inputs, self.program.inputs, strict=True):
-            dim = Argument("", self.program.shape(node)).batch_dim
-            read.append(
-                x.to(first.dtype).movedim(1 + dim, 1).contiguous() if dim else x.to(first.dtype).contiguous()
-            )
-        for x, node in zip(shared, self.program.shared, strict=True):
-            moved = x.movedim(Argument("", self.program.shape(node)).batch_dim, 0) if x.dim() else x
+        for x, dim in zip(inputs, self._batch_dims[0], strict=True):
+            moved = x.movedim(1 + dim, 1) if dim else x
+            read.append(moved.to(first.dtype).contiguous())
+        for x, dim in zip(shared, self._batch_dims[1], strict=True):
+            moved = x.movedim(dim, 0) if dim else x
             padded = first.new_empty(x.numel() + _PADDING)
             padded[: x.numel()].view(moved.shape).copy_(moved)
             read.append(padded)

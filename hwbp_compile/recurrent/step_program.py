@@ -7,7 +7,7 @@ takes longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +91,7 @@ def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bo
         wanted: per input and weight, whether its gradient is.
     """
     n = len(cell.inputs)
-    dependent = _depending_on(cell, cell.block.entry)
+    dependent = cell.depending_on(cell.block.entry)
     sums: dict[Node, None] = {}
     emitted: dict[Node, None] = {}
     rest: list[Node] = []
@@ -132,15 +132,7 @@ def _size(node: Node) -> int:
     return value.numel() if isinstance(value, Tensor) and ROWS not in value.shape else 0
 
 
-def _depending_on(cell: CellGraph, sources: Sequence[Node]) -> set[Node]:
-    reached = set(sources)
-    for node in cell.nodes:
-        if any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-    return reached
-
-
-def _needed_for(roots: Sequence[Node], inside: set[Node]) -> list[Node]:
+def _needed_for(roots: Sequence[Node], inside: Set[Node]) -> list[Node]:
     """All nodes of ``inside`` that the roots are computed from, operands first."""
     order: dict[Node, None] = {}
     stack = [(n, False) for n in reversed(roots) if n in inside]
@@ -154,7 +146,7 @@ def _needed_for(roots: Sequence[Node], inside: set[Node]) -> list[Node]:
     return list(order)
 
 
-def _summed(gradient: Node, dependent: set[Node]) -> list[Node] | None:
+def _summed(gradient: Node, dependent: Set[Node]) -> list[Node] | None:
     """What a weight's gradient is the sum over rows of; None if it is nothing of that kind."""
     node = gradient
     while node.op == "call_function" and op_name(node) in COMMUTE and node in dependent:

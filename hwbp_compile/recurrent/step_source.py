@@ -146,18 +146,12 @@ class StepSource:
         if op_name(node) == "prims::convert_element_type" or op_name(node) == "aten::_to_copy":
             if source.meta["val"].dtype not in (self._dtype, torch.bool):
                 raise CannotRewrite(f"{node.target} converts from another type", node)
-            self._alias(node, source)
-            return
-        if op_name(node) in (
-            "aten::clone",
-            "aten::alias",
-            "aten::detach",
-            "aten::contiguous",
-            "prims::view_of",
-        ):
-            self._alias(node, source)
+            self._values[node] = self._value(source)
             return
         value = self._value(source)
+        if op_name(node) in COPIES:
+            self._values[node] = value
+            return
         target: Any = torch.ops.aten.view.default if op_name(node) in RESHAPES else node.target
         try:
             found = target(value.where, *node.args[1:], **node.kwargs)
@@ -176,9 +170,6 @@ class StepSource:
             if not inside or (value.has_rows and not part.has_rows):
                 raise CannotRewrite(f"{node.target} picks some rows of the batch", node)
         self._values[node] = parts if several else parts[0]
-
-    def _alias(self, node: Node, source: Node) -> None:
-        self._values[node] = self._value(source)
 
     # Elementwise operators: neighbours of one shape share a loop, and pass values on in registers.
 
