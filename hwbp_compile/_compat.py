@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import fx
@@ -111,6 +111,22 @@ def fake_mode_of(values: Sequence[torch.Tensor]) -> Iterator[None]:
 
     mode = _fake_mode(values)
     with _disable_current_modes(), torch.no_grad(), mode or nullcontext():
+        yield
+
+
+TAGS_OF_PYTHON_STATE: Final = tuple(
+    tag
+    for name in ("pt2_compliant_tag", "cudagraph_unsafe")
+    if (tag := getattr(torch.Tag, name, None)) is not None
+)
+"""Tags of an operator that keeps more than tensors between its calls."""
+
+
+@contextmanager
+def autograd_inside_an_operator() -> Iterator[None]:
+    """Record a graph for autograd within an operator's kernel, which runs below autograd otherwise."""
+    keys, include = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with include(keys.AutogradFunctionality, False), include(keys.ADInplaceOrView, False), torch.enable_grad():
         yield
 
 

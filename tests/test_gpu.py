@@ -71,6 +71,6 @@ def test_a_layer_gives_what_it_gives_on_a_cpu() -> None:
     results = []
     for device in ("cpu", "cuda"):
         leaves = [t.detach().to(device).requires_grad_() for t in (x, h, *module.parameters())]
-        y, _ = recurrent_layer(leaves[0], leaves[1:2], leaves[2:], "gru", 2)
+        y, *_ = recurrent_layer(leaves[0], leaves[1:2], leaves[2:], "gru", 2)
         results.append([g.cpu() for g in torch.autograd.grad(y.square().sum(), leaves)])
     assert relative_error(*results) <= 1e-10

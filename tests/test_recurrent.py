@@ -108,12 +108,12 @@ def layer_gradients(
     settings: Settings,
 ) -> list[Tensor]:
     weights = list(module.parameters())
-    y, c = recurrent_layer(
+    y, *last = recurrent_layer(
         x, carry, weights, kind, settings.iterations, settings.gamma, settings.group_size, settings.exact_tail
     )
     loss = (y * cotangents[0]).sum()
     if kind == "lstm":
-        loss = loss + (c * cotangents[1]).sum()
+        loss = loss + (last[1] * cotangents[1]).sum()
     return list(torch.autograd.grad(loss, [x, *carry, *weights]))
 
 
@@ -253,7 +253,7 @@ def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> No
     weights = list(model.parameters())
     h = torch.zeros(2, 5, dtype=torch.float64)
     values = {"gamma": 0.0, "group_size": 1, "exact_tail": 0} | settings
-    y, _ = recurrent_layer(x, [h], weights, "gru", 1, **values)
+    y, *_ = recurrent_layer(x, [h], weights, "gru", 1, **values)
     expected = torch.autograd.grad(y.square().sum() + y[-1].sin().sum(), [x, *weights])
     assert relative_error(found, list(expected)) <= TOLERANCE
 
@@ -281,7 +281,7 @@ def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bia
         found = layer_gradients(kind, module, x, carry, cotangents, Settings(EXACT))
         initial = [c.unsqueeze(0) for c in carry]
         expected_y, _ = module(x, initial[0] if len(initial) == 1 else tuple(initial))
-        y, _ = recurrent_layer(x, carry, list(module.parameters()), kind, EXACT)
+        y, *_ = recurrent_layer(x, carry, list(module.parameters()), kind, EXACT)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(y, expected_y, rtol=TOLERANCE, atol=TOLERANCE)
@@ -377,7 +377,7 @@ def test_lengths_and_batches_that_change() -> None:
 
     def layer_gradients_of_model(model: Model, x: Tensor) -> list[Tensor]:
         h = torch.zeros(x.shape[1], 5, dtype=torch.float64)
-        y, _ = recurrent_layer(x, [h], list(model.parameters()), "gru", 2)
+        y, *_ = recurrent_layer(x, [h], list(model.parameters()), "gru", 2)
         loss = y.square().sum() + y[-1].sin().sum()
         return list(torch.autograd.grad(loss, [x, *model.parameters()]))
 

@@ -60,10 +60,9 @@ def run_layers(
             i = layer * directions + direction
             initial = [c[i] for c in carry]
             source = x.flip(0) if direction else x
-            y, cell = recurrent_layer(source, initial, list(weights[i * each : (i + 1) * each]), kind, EXACT)
-            last[0].append(y[-1])
-            if kind == "lstm":
-                last[1].append(cell)
+            y, *after = recurrent_layer(source, initial, list(weights[i * each : (i + 1) * each]), kind, EXACT)
+            for c, all_ in zip(after, last, strict=True):
+                all_.append(c)
             outputs.append(y.flip(0) if direction else y)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and layer < num_layers - 1:

@@ -15,175 +15,16 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import CannotRewrite
+from .step_cpp_library import LIBRARY, PADDING
 from .step_layout import Value, placed_rows, row_size
 from .step_program import ROWS, StepProgram
 from .step_source import StepSource
 
 log = logging.getLogger(__name__)
 
+_LARGE = 1 << 16
+"""Elements of all weights from which on they are read from memory rather for many rows than for few."""
 _TYPES = {torch.float32: "float", torch.float64: "double"}
-_PADDING = 16
-"""Elements that may be read, not used, past the end of a weight."""
-
-_PRELUDE = """
-#include <torch/csrc/inductor/cpp_prefix.h>
-#include <algorithm>
-#include <cstdint>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-using Real = REAL;
-using Vec = at::vec::Vectorized<Real>;
-constexpr int64_t LANES = Vec::size();
-constexpr bool MANY = sizeof(Vec) > 32;   // registers: 32 instead of 16
-constexpr int64_t ROWS = MANY ? 8 : 4;    // rows of the batch in a tile
-constexpr int64_t LEAST = 2;              // rows that are worth a thread
-// Vectors of columns in a tile of N rows, as many as fit.
-template <int64_t N> constexpr int64_t WIDE = MANY ? (N > 4 ? 2 : 4) : 2;
-
-// out[r, c] = start[r, c] + sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns, the last of
-// which has `count` columns. Rows are *_step elements apart.
-template <int64_t N, int64_t C, int64_t K, bool START, int64_t count>
-static inline void tile(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step,
-                        const Real* start, int64_t start_step, Real* out, int64_t out_step) {
-    Vec sum[N][C];
-    #pragma GCC unroll 8
-    for (int64_t r = 0; r < N; r++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) {
-            const int64_t n = c + 1 < C ? LANES : count;
-            sum[r][c] = START ? Vec::loadu(start + r * start_step + c * LANES, n) : Vec(0);
-        }
-    }
-    for (int64_t j = 0; j < K; j++) {
-        Vec w[C];
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) w[c] = Vec::loadu(weight + j * weight_step + c * LANES);
-        #pragma GCC unroll 8
-        for (int64_t r = 0; r < N; r++) {
-            const Vec h(x[r * x_step + j]);
-            #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++) sum[r][c] = at::vec::fmadd(h, w[c], sum[r][c]);
-        }
-    }
-    #pragma GCC unroll 8
-    for (int64_t r = 0; r < N; r++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) {
-            const int64_t n = c + 1 < C ? LANES : count;
-            sum[r][c].store(out + r * out_step + c * LANES, n);
-        }
-    }
-}
-
-// The same for W columns.
-template <int64_t N, int64_t K, int64_t W, bool START>
-static void product(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step, const Real* start,
-                    int64_t start_step, Real* out, int64_t out_step) {
-    constexpr int64_t C = WIDE<N>, wide = W / (C * LANES) * C * LANES, whole = W / LANES * LANES;
-    #define TILE(COLUMNS, COUNT, AT) \\
-        tile<N, COLUMNS, K, START, COUNT>(x, x_step, weight + AT, weight_step, START ? start + AT : start, \\
-                                    start_step, out + AT, out_step)
-    for (int64_t c = 0; c < wide; c += C * LANES) TILE(C, LANES, c);
-    for (int64_t c = wide; c < whole; c += LANES) TILE(1, LANES, c);
-    if constexpr (whole < W) TILE(1, W - whole, whole);
-    #undef TILE
-}
-
-// sums[m, k] += sum_r a[r, m] * b[r, k] for M rows and C vectors of columns of the sums, see tile().
-template <int64_t M, int64_t C, int64_t K, int64_t count>
-static inline void add_tile(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
-                            Real* sums) {
-    Vec sum[M][C];
-    #pragma GCC unroll 8
-    for (int64_t m = 0; m < M; m++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            sum[m][c] = Vec::loadu(sums + m * K + c * LANES, c + 1 < C ? LANES : count);
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        Vec w[C];
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            w[c] = Vec::loadu(b + r * b_step + c * LANES, c + 1 < C ? LANES : count);
-        #pragma GCC unroll 8
-        for (int64_t m = 0; m < M; m++) {
-            const Vec x(a[r * a_step + m]);
-            #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++) sum[m][c] = at::vec::fmadd(x, w[c], sum[m][c]);
-        }
-    }
-    #pragma GCC unroll 8
-    for (int64_t m = 0; m < M; m++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            sum[m][c].store(sums + m * K + c * LANES, c + 1 < C ? LANES : count);
-    }
-}
-
-// The same for M rows and all K columns.
-template <int64_t M, int64_t K>
-static void add_columns(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
-                        Real* sums) {
-    constexpr int64_t C = WIDE<4>, wide = K / (C * LANES) * C * LANES, whole = K / LANES * LANES;
-    for (int64_t c = 0; c < wide; c += C * LANES)
-        add_tile<M, C, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
-    for (int64_t c = wide; c < whole; c += LANES)
-        add_tile<M, 1, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
-    if constexpr (whole < K) add_tile<M, 1, K, K - whole>(a, a_step, b + whole, b_step, rows, sums + whole);
-}
-
-// The same for all.
-template <int64_t M, int64_t K>
-static void add_product(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
-                        Real* sums) {
-    constexpr int64_t whole = M / 4 * 4;
-    for (int64_t m = 0; m < whole; m += 4)
-        add_columns<4, K>(a + m, a_step, b, b_step, rows, sums + m * K);
-    for (int64_t m = whole; m < M; m++) add_columns<1, K>(a + m, a_step, b, b_step, rows, sums + m * K);
-}
-
-// sums[k] += sum_r x[r, k]
-template <int64_t K>
-static void add_rows(const Real* x, int64_t step, int64_t rows, Real* sums) {
-    constexpr int64_t whole = K / LANES * LANES;
-    for (int64_t c = 0; c < whole; c += LANES) {
-        Vec sum = Vec::loadu(sums + c);
-        for (int64_t r = 0; r < rows; r++) sum = sum + Vec::loadu(x + r * step + c);
-        sum.store(sums + c);
-    }
-    for (int64_t c = whole; c < K; c++)
-        for (int64_t r = 0; r < rows; r++) sums[c] += x[r * step + c];
-}
-
-// Rows are independent: each thread takes some of them through all steps, ROWS at a time. Calls
-// f(number of rows as a constant, step, first row, scratch), and g(part, step, first row, number of rows)
-// after each step.
-template <typename F, typename G>
-static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scratch_size, F f, G g) {
-    const int64_t groups = (batch + LEAST - 1) / LEAST;
-    const int64_t parts = std::max<int64_t>(std::min(threads, groups), 1);
-    #pragma omp parallel for num_threads(parts) if (parts > 1)
-    for (int64_t part = 0; part < parts; part++) {
-        const int64_t first = groups * part / parts * LEAST;
-        const int64_t end = std::min(groups * (part + 1) / parts * LEAST, batch);
-        std::vector<Real> scratch(ROWS * scratch_size + PADDING);
-        for (int64_t s = 0; s < steps; s++) {
-            for (int64_t row = first; row < end;) {
-                const int64_t left = end - row;
-                const int64_t count = left >= ROWS ? ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                if (count == ROWS) f(std::integral_constant<int64_t, ROWS>(), s, row, scratch.data());
-                else if (count == 4) f(std::integral_constant<int64_t, 4>(), s, row, scratch.data());
-                else if (count == 2) f(std::integral_constant<int64_t, 2>(), s, row, scratch.data());
-                else f(std::integral_constant<int64_t, 1>(), s, row, scratch.data());
-                row += count;
-            }
-            g(part, s, first, end - first);
-        }
-    }
-}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +109,7 @@ class CppRecurrence:
             read.append(moved.to(first.dtype).contiguous())
         for x, dim in zip(shared, self._batch_dims[1], strict=True):
             moved = x.movedim(dim, 0) if dim else x
-            padded = first.new_empty(x.numel() + _PADDING)
+            padded = first.new_empty(x.numel() + PADDING)
             padded[: x.numel()].view(moved.shape).copy_(moved)
             read.append(padded)
         emitted = results[n : n + len(self.program.emitted)]
@@ -315,9 +156,16 @@ def recurrence_source(program: StepProgram, dtype: torch.dtype, *, reverse: bool
     names = ", ".join(a.name for a in (*inputs, *shared, *carry, *emitted, *workspace))
     parameters = ", ".join(pointers)
     size = sum(map(math.prod, step.summed))
+    packs = list(step.packs.values())
+    pack = [f"const Real* in_{a.name} = {a.name};" for a in shared]
+    pack += [f"std::vector<Real> {name}({size});" for name, size in packs]
+    pack += [statement.format(f"{name}.data()") for statement, (name, _) in step.packs.items()]
+    packed = "".join(f"const Real* {name}, " for name, _ in packs)
+    pass_packed = "".join(f"{name}.data(), " for name, _ in packs)
+    many_rows = sum(math.prod(n.meta["val"].shape) for n in program.shared) > _LARGE
     text = f"""
-template <int64_t N>
-static void step({parameters}, int64_t steps, int64_t s, int64_t batch, int64_t row, Real* scratch) {{
+static void step(int64_t N, {packed}{parameters}, int64_t steps, int64_t s, int64_t batch, int64_t row,
+                 Real* scratch) {{
 {here}
 {step.text}
 }}
@@ -329,13 +177,14 @@ static void add({parameters}, int64_t steps, int64_t s, int64_t batch, int64_t r
 }}
 
 extern "C" void kernel({parameters}, Real* sums, int64_t steps, int64_t batch, int64_t threads) {{
-for_steps(steps, batch, threads, {step.scratch},
-[&](auto rows, int64_t s, int64_t row, Real* scratch) {{
-step<decltype(rows)::value>({names}, steps, s, batch, row, scratch);
+{chr(10).join(pack)}
+for_steps<{"64" if many_rows else "TILE"}>(steps, batch, threads, {step.scratch},
+[&](int64_t rows, int64_t s, int64_t row, Real* scratch) {{
+step(rows, {pass_packed}{names}, steps, s, batch, row, scratch);
 }},
 [&](int64_t part, int64_t s, int64_t row, int64_t count) {{
 add({names}, steps, s, batch, row, count, sums + part * {size});
 }});
 }}
 """
-    return (_PRELUDE + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(_PADDING)), step
+    return (LIBRARY + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(PADDING)), step

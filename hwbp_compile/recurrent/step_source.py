@@ -15,10 +15,12 @@ from ..errors import CannotRewrite
 from ..passes.linear_ops import nodes_in, op_name
 from .step_layout import ROWS_STRIDE, Value, align, collapse, compact, placed_rows, row_size
 from .step_operators import COPIES, PLUS, POINTWISE, REDUCTIONS, RESHAPES, VIEWS, number
-from .step_program import LARGEST_MATRIX, ROWS, StepProgram
+from .step_program import ROWS, StepProgram
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
 """Operators that are told where to write."""
+_WIDEST_PANEL = 64
+"""No processor has panels of more columns."""
 
 
 class StepSource:
@@ -46,6 +48,9 @@ class StepSource:
         """Sizes of a row in buffers that hold one step of all rows, of what is summed over them."""
         self.summed: list[tuple[int, ...]] = []
         """The shape of each sum; the last two dimensions may be exchanged."""
+        self.packs: dict[str, tuple[str, str]] = {}
+        """Statements that pack a weight for all steps; each with the result's name and size."""
+        self._shared = {placed[n].base for n in program.shared}
         following, emitted, sums = program.results
         self._results: dict[Node, Value] = {}
         copies = []
@@ -373,9 +378,7 @@ class StepSource:
             x, weight = weight.transposed(), x.transposed()
         if weight.has_rows or x.where.shape[-2] != ROWS:
             raise CannotRewrite(f"{node.target} of two values that both differ between the rows", node)
-        if weight.where.numel() > LARGEST_MATRIX:
-            raise CannotRewrite("its matrices are so large that the library's products are faster")
-        x, weight = self._contiguous(x), self._contiguous(weight)
+        x = self._contiguous(x)
         inner, width = weight.where.shape[-2:]
         shape = [*node.meta["val"].shape[:-2], ROWS, width]
         out = None if transposed else self._results.get(node)
@@ -387,14 +390,30 @@ class StepSource:
             added = self._contiguous(added.transposed() if transposed else added)
             start = f"{added.of_product('m')}, {added.row_step}"
         many = shape[0] if len(shape) == 3 else 1
+        packed = self._packed(weight, many)
         self._lines.append(
-            f"for (int64_t m = 0; m < {many}; m++) product<N, {inner}, {width}, {int(bias is not None)}>("
-            f"{x.of_product('m')}, {x.row_step}, {weight.of_product('m')}, {weight.where.stride(-2)}, "
+            f"for (int64_t m = 0; m < {many}; m++) product<{inner}, {width}, {int(bias is not None)}>(N, "
+            f"{x.of_product('m')}, {x.row_step}, {packed} + m * PACKED<{inner}, {width}>, "
             f"{start}, {out.of_product('m')}, {out.row_step});"
         )
         self._values[node] = out.transposed() if transposed else out
         if transposed and node in self._results:
             self._copy(self._values[node], self._results[node])
+
+    def _packed(self, weight: Value, many: int) -> str:
+        """Where a weight is, packed; once for all steps, unless each step has its own."""
+        inner, width = weight.where.shape[-2:]
+        statement = (
+            f"for (int64_t m = 0; m < {many}; m++) pack<{inner}, {width}>({weight.of_product('m')}, "
+            f"{weight.where.stride(-2)}, {weight.where.stride(-1)}, {{0}} + m * PACKED<{inner}, {width}>);"
+        )
+        if weight.base in self._shared:
+            name, _ = self.packs.setdefault(statement, (f"p{len(self.packs)}", f"{many} * PACKED<{inner}, {width}>"))
+            return name
+        panels = math.ceil(width / _WIDEST_PANEL) * _WIDEST_PANEL
+        here = self._new((many, inner, panels)).base
+        self._lines.append(statement.format(here))
+        return here
 
     def _contiguous(self, value: Value) -> Value:
         """With neighbours in the last dimension next to one another in memory."""

@@ -1,0 +1,162 @@
+"""A layer that is left exact, as the library trains it: its forward and its backward pass, each run once.
+
+A library's backward pass needs more of its forward than the outputs: a workspace whose size only the library
+knows, or a graph of many small operators. Compiled code hands nothing but tensors of known shapes from one
+pass to the other. So the forward returns an empty tensor besides, as whose attribute all that is needed lives
+as long as the tensor does. Where it gets lost (hooks that copy saved tensors), the forward runs once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+
+torch.library.define(
+    "hwbp_compile::library_training",
+    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind) -> Tensor[]",
+    tags=_compat.TAGS_OF_PYTHON_STATE,
+)
+torch.library.define(
+    "hwbp_compile::library_backward",
+    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor[] outputs, Tensor?[] grads) "
+    "-> Tensor[]",
+    tags=_compat.TAGS_OF_PYTHON_STATE,
+)
+
+_RUN = "_hwbp_compile_run"
+
+
+def library_inference(
+    x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str
+) -> list[Tensor]:
+    """The forward pass alone. Arguments and results as of :func:`.layer.recurrent_layer`."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        y, *last = _layer(x, carry, weights, kind, training=False)
+    return [y.contiguous(), *(t.clone() for t in last)]
+
+
+def library_training(
+    x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str
+) -> list[Tensor]:
+    """The same, differentiable by the library."""
+    found: list[Tensor] = torch.ops.hwbp_compile.library_training.default(x, list(carry), list(weights), kind)
+    return found[:-1]
+
+
+def library_backward(
+    x: Tensor,
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kind: str,
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of the input, the initial carry and the weights, by the library.
+
+    Args:
+        grads: of what the layer returned, None for zero.
+        outputs: all that the operator ``library_training`` returned; without, the forward runs once more.
+    """
+    of_x, *others = torch.ops.hwbp_compile.library_backward.default(
+        x, list(carry), list(weights), kind, list(outputs), list(grads)
+    )
+    return of_x, others[: len(carry)], others[len(carry) :]
+
+
+def like_results(x: Tensor, carry: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors for what a layer returns."""
+    y = x.new_empty((x.shape[0], *carry[0].shape))
+    return [y, *(torch.empty_like(c, memory_format=torch.contiguous_format) for c in carry)]
+
+
+def _layer(
+    x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str, *, training: bool
+) -> list[Tensor]:
+    initial = [h.unsqueeze(0) for h in carry]
+    settings = (len(weights) > 3, 1, 0.0, training, False, False)
+    given: Any = initial if kind == "lstm" else initial[0]
+    y, *last = getattr(torch, kind)(x, given, list(weights), *settings)
+    return [y, *(t.squeeze(0) for t in last)]
+
+
+def _run(
+    x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs that require gradients, and the results that depend on them."""
+    leaves = [t.detach().requires_grad_() for t in (x, *carry, *weights)]
+    n = len(carry) + 1
+    with _compat.autograd_inside_an_operator(), torch.autocast(x.device.type, enabled=False):
+        return leaves, _layer(leaves[0], leaves[1:n], leaves[n:], kind, training=True)
+
+
+@torch.library.impl("hwbp_compile::library_training", "default")
+def _training(x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str) -> list[Tensor]:
+    run = _run(x, carry, weights, kind)
+    handle = x.new_empty(0)
+    setattr(handle, _RUN, run)
+    y, *last = (t.detach() for t in run[1])
+    return [y.contiguous(), *(t.clone() for t in last), handle]
+
+
+@torch.library.register_fake("hwbp_compile::library_training")
+def _training_fake(x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str) -> list[Tensor]:
+    return [*like_results(x, carry), x.new_empty(0)]
+
+
+@torch.library.impl("hwbp_compile::library_backward", "default")
+def _backward(
+    x: Tensor,
+    carry: list[Tensor],
+    weights: list[Tensor],
+    kind: str,
+    outputs: list[Tensor],
+    grads: list[Tensor | None],
+) -> list[Tensor]:
+    kept = getattr(outputs[-1], _RUN, None) if outputs else None
+    leaves, results = kept or _run(x, carry, weights, kind)
+    pairs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None]
+    # What was kept belongs to the tensor in which it is: a second backward pass may follow.
+    found = torch.autograd.grad(
+        [o for o, _ in pairs],
+        leaves,
+        [g for _, g in pairs],
+        allow_unused=True,
+        retain_graph=kept is not None,
+    )
+    own: list[Tensor] = []
+    given = {g.untyped_storage().data_ptr() for _, g in pairs}
+    for g, t in zip(found, leaves, strict=True):
+        if g is None:
+            g = torch.zeros_like(t, memory_format=torch.contiguous_format)
+        elif g.untyped_storage().data_ptr() in given or not g.is_contiguous():
+            # An operator returns tensors of their own; the two biases of a gate have one gradient.
+            g = g.clone(memory_format=torch.contiguous_format)
+        given.add(g.untyped_storage().data_ptr())
+        own.append(g)
+    return own
+
+
+@torch.library.register_fake("hwbp_compile::library_backward")
+def _backward_fake(x: Tensor, carry: list[Tensor], weights: list[Tensor], *_: Any, **__: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *carry, *weights)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, carry, weights, kind = inputs
+    # The outputs are among what the library needs: they must not be written to in between.
+    ctx.save_for_backward(x, *carry, *weights, *output)
+    ctx.carries, ctx.kind, ctx.outputs = len(carry), kind, len(output)
+
+
+def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    tensors, n, m = ctx.saved_tensors, 1 + ctx.carries, ctx.outputs
+    x, carry, weights, outputs = tensors[0], tensors[1:n], tensors[n:-m], tensors[-m:]
+    return *library_backward(x, carry, weights, ctx.kind, grads[:-1], outputs), None
+
+
+torch.library.register_autograd("hwbp_compile::library_training", _gradients, setup_context=_setup)
