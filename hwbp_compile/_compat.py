@@ -126,7 +126,11 @@ TAGS_OF_PYTHON_STATE: Final = tuple(
 def autograd_inside_an_operator() -> Iterator[None]:
     """Record a graph for autograd within an operator's kernel, which runs below autograd otherwise."""
     keys, include = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
-    with include(keys.AutogradFunctionality, False), include(keys.ADInplaceOrView, False), torch.enable_grad():
+    with (
+        include(keys.AutogradFunctionality, False),
+        include(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
         yield
 
 
@@ -145,6 +149,16 @@ def graph_being_traced() -> fx.Graph | None:
 
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer.graph
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or the one that a symbolic size had when it was traced; nothing is guarded on it."""
+    if isinstance(size, int):
+        return size
+    from torch.fx.experimental import symbolic_shapes
+
+    hint = getattr(symbolic_shapes, "optimization_hint", None) or getattr(symbolic_shapes, "hint_int")  # noqa: B009
+    return int(hint(size, fallback=64))
 
 
 def sort_topologically(graph: fx.Graph) -> None:

@@ -34,8 +34,10 @@ class Options:
     )
     exact_tail: int = _option(0, "so many blocks next to the input are swept exactly after the iteration")
     min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
-    apply: Literal["always", "never"] = _option(
-        "always", '"always" rewrites what it can, "never" leaves all exact'
+    apply: Literal["auto", "always", "never"] = _option(
+        "auto",
+        '"auto" iterates over time only where that is expected to be faster; '
+        '"always" rewrites what it can, "never" leaves all exact',
     )
     codegen: Literal["inductor", "eager"] = _option(
         "inductor", '"inductor" generates code, "eager" runs the rewritten graph op by op, for debugging'
@@ -54,7 +56,7 @@ class Options:
         ):
             raise OptionError(f"Option gamma must be a number in [0, 1], but is {self.gamma!r}.")
         object.__setattr__(self, "gamma", float(self.gamma))
-        _check_choice("apply", self.apply, ("always", "never"))
+        _check_choice("apply", self.apply, ("auto", "always", "never"))
         _check_choice("codegen", self.codegen, ("inductor", "eager"))
 
     def to_dict(self) -> dict[str, Any]:

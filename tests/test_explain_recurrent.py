@@ -29,7 +29,9 @@ class Model(nn.Module):
 
 def test_layers_and_chains() -> None:
     """The sweeps inside the groups of a recurrent layer look like a chain over depth; they are none."""
-    explanation = explain(Model(), torch.randn(40, 2, 3), options={"iterations": 2, "group_size": 8})
+    explanation = explain(
+        Model(), torch.randn(40, 2, 3), options={"iterations": 2, "apply": "always", "group_size": 8}
+    )
     found = [(c.over, c.blocks, c.modules[0], c.applied) for c in explanation.chains]
     assert found == [
         *[("time", 40, "encoder", True)] * 4,
@@ -51,7 +53,9 @@ def test_layers_and_chains() -> None:
 
 
 def test_nothing_is_rewritten_where_all_is_exact() -> None:
-    explanation = explain(nn.GRU(3, 5), torch.randn(12, 2, 3), options={"iterations": "exact"})
+    explanation = explain(
+        nn.GRU(3, 5), torch.randn(12, 2, 3), options={"iterations": "exact", "apply": "always"}
+    )
     (layer,) = explanation.chains
     assert not layer.applied
     assert "exact" in layer.reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
 import pytest
@@ -13,12 +15,18 @@ from reference import Settings, Step, reference_run
 from torch import Tensor, nn
 
 from hwbp_compile.recurrent import layer as layers
+from hwbp_compile.recurrent import library
 from hwbp_compile.recurrent.backward import EXACT
 from hwbp_compile.recurrent.cells import STEPS
 from hwbp_compile.recurrent.layer import recurrent_layer
 
 TOLERANCE = 1e-10
-KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn_tanh": nn.RNN}
+KINDS = {
+    "gru": nn.GRU,
+    "lstm": nn.LSTM,
+    "rnn_tanh": nn.RNN,
+    "rnn_relu": functools.partial(nn.RNN, nonlinearity="relu"),
+}
 
 
 def layer(kind: str, inputs: int, hidden: int, **settings: Any) -> nn.RNNBase:
@@ -97,6 +105,12 @@ def torch_gradients(
     if len(carry) == 2:
         loss = loss + (last[1][0] * cotangents[1]).sum()
     return list(torch.autograd.grad(loss, [x, *carry, *module.parameters()]))
+
+
+@pytest.fixture(autouse=True)
+def _no_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fast on this machine at this moment decides about no test."""
+    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_: True)
 
 
 def layer_gradients(
@@ -204,10 +218,10 @@ def test_modules(kind: str, variant: str, given_carry: bool) -> None:
     inputs = (x, *carry) if given_carry else (x,)
     expected = gradients(model, model, *inputs)
     for iterations in (steps, "exact"):
-        options = {"iterations": iterations, "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
         compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
         assert relative_error(gradients(model, compiled, *inputs), expected) <= TOLERANCE
-    options = {"iterations": 0, "codegen": "eager"}
+    options = {"iterations": 0, "apply": "always", "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     error = relative_error(gradients(model, compiled, *inputs), expected)
     assert error > 1e-3 if kind != "rnn_tanh" else error <= TOLERANCE, "an nn.RNN is left exact"
@@ -231,7 +245,7 @@ def test_automatic_mixed_precision(kind: str, before: bool, iterations: int | st
         return y.float().square().sum()
 
     eager = run(x)
-    options = {"iterations": iterations, "codegen": "eager"}
+    options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
     found = torch.compile(run, backend="highway", options=options, fullgraph=True)(x)
     assert found.dtype == eager.dtype
     module_in_single, _ = module(linear(x) if before else x)
@@ -247,7 +261,7 @@ def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> No
     """They are made of the same sums and products; were they rewritten too, the gradient would be another."""
     model = Model(layer("gru", 3, 5))
     x = torch.randn(40, 2, 3, dtype=torch.float64, requires_grad=True)
-    options = {"iterations": 1, "codegen": "eager", "min_blocks": 2, **settings}
+    options = {"iterations": 1, "apply": "always", "codegen": "eager", "min_blocks": 2, **settings}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     found = gradients(model, compiled, x)
     weights = list(model.parameters())
@@ -288,6 +302,43 @@ def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bia
     assert relative_error(found, torch_gradients(module, x, carry, cotangents)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm", "rnn_relu"])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_library_trains(kind: str, copied: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward runs once for a forward and a backward pass, unless hooks copy what is saved."""
+    runs: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        runs.append(1)
+        return run(*arguments)
+
+    run = library._run
+    monkeypatch.setattr(library, "_run", counted)
+    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_: False)
+    model = Model(layer(kind, 3, 5, num_layers=2))
+    x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, h, torch.randn_like(h).requires_grad_()) if kind == "lstm" else (x, h)
+    expected = gradients(model, model, *inputs)
+    options = {"iterations": "exact"}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True, dynamic=dynamic)
+    gradients(model, compiled, *inputs)
+    runs.clear()
+
+    def copy(t: Tensor) -> Tensor:
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(copy, copy) if copied else contextlib.nullcontext():
+        found = gradients(model, compiled, *inputs)
+    assert relative_error(found, expected) <= TOLERANCE
+    assert len(runs) == (4 if copied else 2)
+    runs.clear()
+    with torch.no_grad():
+        compiled(*inputs)
+    assert not runs, "nothing is kept for a backward pass that cannot come"
+
+
 @pytest.mark.parametrize("kind", ["gru", "lstm", "rnn_tanh"])
 @pytest.mark.parametrize("iterations", [EXACT, 2, 4])
 def test_where_there_are_no_kernels(kind: str, iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +356,7 @@ def test_where_there_are_no_kernels(kind: str, iterations: int, monkeypatch: pyt
 def test_unbatched_input() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    options = {"iterations": 7, "codegen": "eager"}
+    options = {"iterations": 7, "apply": "always", "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     assert relative_error(gradients(model, compiled, x), gradients(model, model, x)) <= TOLERANCE
 
@@ -337,7 +388,9 @@ def test_packed_sequences_are_exact(kind: str) -> None:
     model = Packed()
     x, lengths = torch.randn(6, 3, 3, dtype=torch.float64), torch.tensor([6, 2, 4])
     expected = torch.autograd.grad(model(x, lengths), list(model.parameters()))
-    compiled = torch.compile(model, backend="highway", options={"iterations": 0, "codegen": "eager"})
+    compiled = torch.compile(
+        model, backend="highway", options={"iterations": 0, "apply": "always", "codegen": "eager"}
+    )
     found = torch.autograd.grad(compiled(x, lengths), list(model.parameters()))
     assert relative_error(list(found), list(expected)) <= TOLERANCE
 
@@ -349,14 +402,16 @@ def test_inside_a_transform_of_torch_func() -> None:
     def gradient(x: Tensor) -> Tensor:
         return torch.func.grad(lambda y: module(y)[0].square().sum())(x)
 
-    compiled = torch.compile(gradient, backend="highway", options={"iterations": 0, "codegen": "eager"})
+    compiled = torch.compile(
+        gradient, backend="highway", options={"iterations": 0, "apply": "always", "codegen": "eager"}
+    )
     torch.testing.assert_close(compiled(x), gradient(x))
 
 
 def test_other_backends_are_as_before() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(6, 4, 3, dtype=torch.float64)
-    options = {"iterations": 2, "codegen": "eager"}
+    options = {"iterations": 2, "apply": "always", "codegen": "eager"}
     torch.compile(model, backend="highway", options=options, fullgraph=True)(x)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -381,7 +436,7 @@ def test_lengths_and_batches_that_change() -> None:
         loss = y.square().sum() + y[-1].sin().sum()
         return list(torch.autograd.grad(loss, [x, *model.parameters()]))
 
-    options = {"iterations": 2, "codegen": "eager"}
+    options = {"iterations": 2, "apply": "always", "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
         run(steps, batch, compiled)
@@ -395,13 +450,15 @@ def test_lengths_and_batches_that_change() -> None:
     assert sum(frames) == 1, frames
 
 
-@pytest.mark.parametrize("operator", ["recurrent_layer", "library_layer"])
+@pytest.mark.parametrize("operator", ["recurrent_layer", "library_layer", "library_training"])
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_operator_checks(operator: str, kind: str) -> None:
     module = KINDS[kind](3, 4)
     x = torch.randn(5, 2, 3, requires_grad=True)
     carry = [torch.randn(2, 4, requires_grad=True) for _ in range(2 if kind == "lstm" else 1)]
-    arguments = (x, carry, list(module.parameters()), kind, 5, 0.0, 1, 0)
+    arguments: tuple[Any, ...] = (x, carry, list(module.parameters()), kind)
+    if operator != "library_training":
+        arguments += (5, 0.0, 1, 0)
     torch.library.opcheck(getattr(torch.ops.hwbp_compile, operator).default, arguments)
 
 
@@ -411,5 +468,7 @@ def test_inductor_in_single_precision(kind: str) -> None:
     model = Model(module)
     x = torch.randn(20, 4, 3, requires_grad=True)
     expected = gradients(model, model, x)
-    compiled = torch.compile(model, backend="highway", options={"iterations": 20}, fullgraph=True)
+    compiled = torch.compile(
+        model, backend="highway", options={"iterations": 20, "apply": "always"}, fullgraph=True
+    )
     assert relative_error(gradients(model, compiled, x), expected) <= 1e-4

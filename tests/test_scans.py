@@ -94,7 +94,7 @@ def reference(model: Model, inputs: Sequence[Tensor], settings: Settings) -> lis
 
 def highway(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
     torch._dynamo.reset()
-    options = {"codegen": "eager", **options}
+    options = {"codegen": "eager", "apply": "always", **options}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     return gradients(model, compiled, inputs)
 
@@ -139,7 +139,7 @@ def test_an_approximation_is_one(name: str) -> None:
     inputs = data(model.cell, 6, 3)
     expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
     assert relative_error(highway(model, inputs, iterations=0), expected) > 1e-3
-    (chain,) = explain(model, *inputs, options={"iterations": 2}).chains
+    (chain,) = explain(model, *inputs, options={"iterations": 2, "apply": "always"}).chains
     assert chain.applied
     assert chain.over == "time"
     assert chain.blocks == 6
@@ -156,7 +156,7 @@ def test_weights_without_gradients() -> None:
     values = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(x.detach(), h.detach(), over_time=loop), values)
     for iterations in ("exact", 5):
-        options = {"iterations": iterations, "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
         compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
         found = torch.autograd.grad(compiled(x.detach(), h.detach()), values)
         assert relative_error(list(found), list(expected)) <= TOLERANCE
@@ -188,7 +188,7 @@ def test_directions_dimensions_and_structures() -> None:
 
     expected = gradients(model, lambda x: run(x, loop), [x])
     for iterations in ("exact", 5):
-        options = {"iterations": iterations, "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
         compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
         assert relative_error(gradients(model, compiled, [x]), expected) <= TOLERANCE
 
@@ -212,7 +212,7 @@ def test_outputs_that_are_written_to() -> None:
     inputs = data(model.cell, 5, 3)
     expected = gradients(model, lambda *a: run(*a, over_time=loop), inputs)
     for iterations in ("exact", 5):
-        options = {"iterations": iterations, "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
         compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
         torch.testing.assert_close(compiled(*inputs), run(*inputs, over_time=loop))
         assert relative_error(gradients(model, compiled, inputs), expected) <= TOLERANCE
@@ -221,7 +221,7 @@ def test_outputs_that_are_written_to() -> None:
 def test_lengths_and_batches_that_change() -> None:
     model = Model(CELLS["layer norm gru"])
     graphs: list[int] = []
-    options = {"iterations": "exact", "codegen": "eager"}
+    options = {"iterations": "exact", "apply": "always", "codegen": "eager"}
     for dynamic, most in ((None, 3), (True, 1)):
         torch._dynamo.reset()
         graphs.clear()
@@ -281,45 +281,38 @@ def test_left_exact(function: Any, reason: str) -> None:
 
     x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     h = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    (chain,) = explain(run, x, h, options={"iterations": 1}).chains
+    (chain,) = explain(run, x, h, options={"iterations": 1, "apply": "always"}).chains
     assert not chain.applied
     assert reason in chain.reason
     if reason == "random":
         return
-    compiled = torch.compile(run, backend="highway", options={"iterations": 1, "codegen": "eager"})
+    compiled = torch.compile(
+        run, backend="highway", options={"iterations": 1, "apply": "always", "codegen": "eager"}
+    )
     expected = torch.autograd.grad(run(x, h, loop), [x, h, w])
     found = torch.autograd.grad(compiled(x, h), [x, h, w])
     assert relative_error(list(found), list(expected)) <= TOLERANCE
 
 
-def test_large_matrices() -> None:
-    """A cell whose matrices leave the cache stays what it is, unless only the input's is large."""
+@pytest.mark.parametrize(("inputs", "hidden", "batch"), [(3, 600, 2), (3, 300, 70), (9000, 32, 2)])
+def test_large_matrices(inputs: int, hidden: int, batch: int) -> None:
+    """Weights that leave the cache, and batches of more rows than are taken through a step at once."""
 
-    def run(x: Tensor, h: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    def run(x: Tensor, h: Tensor, w: Tensor, u: Tensor, over_time: Any = scan) -> Tensor:
         def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             h = 0.9 * h + torch.tanh(x @ u + h @ w)
             return h, h.clone()
 
-        return scan(step, h, x)[1].square().sum()
+        return over_time(step, h, x)[1].square().sum()
 
-    def values(inputs: int, hidden: int) -> list[Tensor]:
-        shapes = [(3, 2, inputs), (2, hidden), (hidden, hidden), (inputs, hidden)]
-        return [(torch.randn(s).double() / s[-1]).requires_grad_() for s in shapes]
-
-    (chain,) = explain(run, *values(3, 600), options={"iterations": 1}).chains
-    assert "large" in chain.reason
-    arguments = values(9000, 32)
-    (chain,) = explain(run, *arguments, options={"iterations": 1}).chains
-    assert chain.applied
-    compiled = torch.compile(run, backend="highway", options={"iterations": "exact", "codegen": "eager"})
-    found = torch.autograd.grad(compiled(*arguments), arguments)
-    x, h, w, u = arguments
-    states = []
-    for x_t in x:
-        h = 0.9 * h + torch.tanh(x_t @ u + h @ w)
-        states.append(h)
-    expected = torch.autograd.grad(torch.stack(states).square().sum(), arguments)
-    assert relative_error(list(found), list(expected)) <= TOLERANCE
+    shapes = [(3, batch, inputs), (batch, hidden), (hidden, hidden), (inputs, hidden)]
+    arguments = [(torch.randn(s).double() / s[-1]).requires_grad_() for s in shapes]
+    expected = torch.autograd.grad(run(*arguments, over_time=loop), arguments)
+    for iterations in ("exact", 3):
+        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+        compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
+        found = torch.autograd.grad(compiled(*arguments), arguments)
+        assert relative_error(list(found), list(expected)) <= TOLERANCE
 
 
 def test_states_that_share_memory_and_mixed_precision() -> None:

@@ -21,6 +21,7 @@ from .. import _compat
 from ..errors import CannotRewrite
 from ..options import Options
 from .backward import EXACT, Settings
+from .cost import why_exact_is_faster
 from .layer import recurrent_layer
 from .scans import Scan, make_ready, scans_in
 
@@ -60,7 +61,9 @@ def run_layers(
             i = layer * directions + direction
             initial = [c[i] for c in carry]
             source = x.flip(0) if direction else x
-            y, *after = recurrent_layer(source, initial, list(weights[i * each : (i + 1) * each]), kind, EXACT)
+            y, *after = recurrent_layer(
+                source, initial, list(weights[i * each : (i + 1) * each]), kind, EXACT
+            )
             for c, all_ in zip(after, last, strict=True):
                 all_.append(c)
             outputs.append(y.flip(0) if direction else y)
@@ -153,13 +156,26 @@ def _settle(node: Node, options: Options) -> Layer:
     reason = _unwanted(options)
     if not reason and kind not in _RESIDUALS:
         reason = "no residual path: a step of nn.RNN hands its state on through a matrix only"
+    x, carry, weights = (_values(n) for n in ((node.args[0],), node.args[1], node.args[2]))
+    reason = reason or _too_slow(kind, x, carry, weights, options)
     settings = _settings(options, reason)
     node.args = (*node.args[:4], *astuple(settings))
     _log(kind, reason, settings)
-    x, carry = node.args[0], node.args[1]
-    values = tuple(n.meta["example_value"] for n in carry)  # type: ignore[union-attr]
-    steps = x.meta["example_value"].shape[0]  # type: ignore[union-attr]
+    values, steps = tuple(carry), x[0].shape[0]
     return Layer(node, kind, reason, _RESIDUALS.get(kind, ""), steps, values)
+
+
+def _values(nodes: Any) -> list[Tensor]:
+    return [n.meta["example_value"] for n in nodes]
+
+
+def _too_slow(
+    key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], options: Options
+) -> str:
+    """Why ``apply="auto"`` leaves it exact; empty if it does not."""
+    if options.apply != "auto":
+        return ""
+    return why_exact_is_faster(inputs, carry, weights, key, _settings(options, ""))
 
 
 def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
@@ -172,6 +188,8 @@ def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
             scan = Scan(module, node)
             residual = scan.residual
             reason = reason or scan.why_not_parallel
+            x, carry, weights = (_values(nodes) for nodes in (scan.inputs, scan.init, scan.weights))
+            reason = reason or _too_slow(scan.cell, x, carry, weights, options)
             node = scan.replace(_settings(options, reason))
         except CannotRewrite as refusal:
             reason = refusal.reason

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ..errors import CannotRewrite
 from ..passes.batch import Stacked
 from ..stage import TIME, stage
-from .backward import EXACT, Cotangent, Settings, cell_backward, replay_of, run
+from .backward import EXACT, Cotangent, Gradients, Settings, cell_backward, replay_of, run
 from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
 from .recurrence import kernel_name, kernel_program
@@ -44,12 +45,10 @@ class Recurrence(torch.autograd.Function):
         cell = trace_cell(STEPS[key], carry, first, weights)
         emit = any(ctx.needs_input_grad)
         name = kernel_name(key, cell, carry, first, weights, emit=emit)
-        replay = replay_of(cell, inputs, weights)
-        states = run(cell, replay, name, carry, reverse=False)
-        emitted = [cell.nodes[i] for i in kernel_program(name).emitted]
-        ctx.save_for_backward(*inputs, *states, *weights, *(replay.value(n).value for n in emitted))
+        states, emitted = forward_pass(cell, name, inputs, carry, weights)
+        ctx.save_for_backward(*inputs, *states, *weights, *emitted.values())
         ctx.cell, ctx.key, ctx.settings, ctx.counts = cell, key, settings, (*counts, len(weights))
-        ctx.emitted = emitted
+        ctx.emitted = list(emitted)
         ctx.set_materialize_grads(False)
         return (*states, *(x[-1].clone() for x in states))
 
@@ -65,26 +64,55 @@ class Recurrence(torch.autograd.Function):
             cotangents.append(Cotangent(last, None if over_time is None else over_time[:-1]))
         needed = ctx.needs_input_grad[3:]
         wanted = [*needed[: len(inputs)], *needed[len(inputs) + n :]]
+        known = dict(zip(ctx.emitted, emitted, strict=True))
+
+        def kernel(added: Sequence[bool]) -> str:
+            carry, first = [x[0] for x in states], [x[0] for x in inputs]
+            return kernel_name(ctx.key, cell, carry, first, weights, backward=added, wanted=wanted)
+
+        def backward(settings: Settings) -> Gradients:
+            return backward_pass(cell, inputs, states, weights, known, cotangents, settings, wanted, kernel)
+
         with stage(TIME), torch.autocast(inputs[0].device.type, enabled=False):
-            replay = replay_of(cell, inputs, weights)
-            for node, x in zip(cell.carry, states, strict=True):
-                replay.give(node, Stacked(x[:-1]))
-            for node, x in zip(ctx.emitted, emitted, strict=True):
-                replay.give(node, Stacked(x))
-
-            def kernel(added: Sequence[bool]) -> str:
-                carry, first = [x[0] for x in states], [x[0] for x in inputs]
-                return kernel_name(ctx.key, cell, carry, first, weights, backward=added, wanted=wanted)
-
             try:
-                found = cell_backward(cell, replay, cotangents, ctx.settings, wanted, kernel)
+                found = backward(ctx.settings)
             except CannotRewrite as refusal:
                 if ctx.settings.iterations == EXACT:
                     raise
                 # Such as a layer of one hidden unit, in which no product is left.
                 log.info("A recurrence is left exact: %s", refusal)
-                found = cell_backward(cell, replay, cotangents, Settings(EXACT), wanted, kernel)
+                found = backward(Settings(EXACT))
         return None, None, None, *found.inputs, *found.carry, *found.weights
+
+
+def forward_pass(
+    cell: CellGraph, kernel: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[Node, Tensor]]:
+    """All states, ``[T + 1, ...]`` each, and the values that the kernel emits for the backward pass."""
+    replay = replay_of(cell, inputs, weights)
+    states = run(cell, replay, kernel, carry, reverse=False)
+    emitted = [cell.nodes[i] for i in kernel_program(kernel).emitted]
+    return states, {n: replay.value(n).value for n in emitted}
+
+
+def backward_pass(
+    cell: CellGraph,
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    emitted: Mapping[Node, Tensor],
+    cotangents: Sequence[Cotangent],
+    settings: Settings,
+    wanted: Sequence[bool],
+    kernel: Callable[[Sequence[bool]], str],
+) -> Gradients:
+    """The gradients, from what :func:`forward_pass` returned; see :func:`.backward.cell_backward`."""
+    replay = replay_of(cell, inputs, weights)
+    for node, x in zip(cell.carry, states, strict=True):
+        replay.give(node, Stacked(x[:-1]))
+    for node, x in emitted.items():
+        replay.give(node, Stacked(x))
+    return cell_backward(cell, replay, cotangents, settings, wanted, kernel)
 
 
 def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:

@@ -19,6 +19,7 @@ from ..stage import TIME, stage
 from .backward import EXACT, Cotangent, Gradients, Settings, cell_backward, replay_of, states_of
 from .cell_graph import trace_cell
 from .cells import STEPS
+from .cost import kernels_are_faster
 from .function import recurrent_cell, why_no_kernels
 from .library import library_backward, library_inference, library_training, like_results
 
@@ -66,23 +67,18 @@ def _recurrent_layer(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *settings: Any
 ) -> list[Tensor]:
     exact = settings[0] == EXACT
-    reason = _why_library(x, kind) if exact else ""
-    reason = reason or why_no_kernels(kind, [x[0]], carry, weights)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))
+    reason = why_no_kernels(kind, [x[0]], carry, weights)
+    if not reason and exact and trains and not kernels_are_faster([x], carry, weights, kind):
+        reason = "its training pass takes less time here than our kernels"
     if not reason:
         states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
         return [states[0][1:], *last]
     log.info("A recurrent layer is run by the library: %s", reason)
-    if exact and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights)):
+    if exact and trains:
         return library_training(x, carry, weights, kind)
     result: list[Tensor] = torch.ops.hwbp_compile.library_layer.default(x, carry, weights, kind, *settings)
     return result
-
-
-def _why_library(x: Tensor, kind: str) -> str:
-    """Why the library's own training pass is expected to be faster than our kernels; empty if it is not."""
-    if kind == "lstm" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return "oneDNN's LSTM is faster at this width"
-    return ""
 
 
 @torch.library.impl("hwbp_compile::library_layer", "default")

@@ -23,8 +23,7 @@ torch.library.define(
 )
 torch.library.define(
     "hwbp_compile::library_backward",
-    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor[] outputs, Tensor?[] grads) "
-    "-> Tensor[]",
+    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor[] outputs, Tensor?[] grads) -> Tensor[]",
     tags=_compat.TAGS_OF_PYTHON_STATE,
 )
 
@@ -36,7 +35,7 @@ def library_inference(
 ) -> list[Tensor]:
     """The forward pass alone. Arguments and results as of :func:`.layer.recurrent_layer`."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, *last = _layer(x, carry, weights, kind, training=False)
+        y, *last = call_library(x, carry, weights, kind, training=False)
     return [y.contiguous(), *(t.clone() for t in last)]
 
 
@@ -74,9 +73,10 @@ def like_results(x: Tensor, carry: Sequence[Tensor]) -> list[Tensor]:
     return [y, *(torch.empty_like(c, memory_format=torch.contiguous_format) for c in carry)]
 
 
-def _layer(
+def call_library(
     x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str, *, training: bool
 ) -> list[Tensor]:
+    """The library's layer as torch offers it. Arguments and results as of :func:`.layer.recurrent_layer`."""
     initial = [h.unsqueeze(0) for h in carry]
     settings = (len(weights) > 3, 1, 0.0, training, False, False)
     given: Any = initial if kind == "lstm" else initial[0]
@@ -91,7 +91,7 @@ def _run(
     leaves = [t.detach().requires_grad_() for t in (x, *carry, *weights)]
     n = len(carry) + 1
     with _compat.autograd_inside_an_operator(), torch.autocast(x.device.type, enabled=False):
-        return leaves, _layer(leaves[0], leaves[1:n], leaves[n:], kind, training=True)
+        return leaves, call_library(leaves[0], leaves[1:n], leaves[n:], kind, training=True)
 
 
 @torch.library.impl("hwbp_compile::library_training", "default")

@@ -408,7 +408,9 @@ class StepSource:
             f"{weight.where.stride(-2)}, {weight.where.stride(-1)}, {{0}} + m * PACKED<{inner}, {width}>);"
         )
         if weight.base in self._shared:
-            name, _ = self.packs.setdefault(statement, (f"p{len(self.packs)}", f"{many} * PACKED<{inner}, {width}>"))
+            name, _ = self.packs.setdefault(
+                statement, (f"p{len(self.packs)}", f"{many} * PACKED<{inner}, {width}>")
+            )
             return name
         panels = math.ceil(width / _WIDEST_PANEL) * _WIDEST_PANEL
         here = self._new((many, inner, panels)).base

@@ -1,0 +1,346 @@
+"""What a recurrence costs on this machine, exact and iterated: the choice of ``apply="auto"``.
+
+What exists is measured: our kernels and the library run a few steps of the shapes at hand, which takes some
+milliseconds. What does not exist yet, the iteration, is predicted from the products, bytes and operators that
+it takes and from their measured rates.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .. import _compat
+from ..passes.linear_ops import op_name
+from ..passes.program import externals_of
+from .backward import EXACT, Cotangent, Settings
+from .cell_graph import CellGraph, trace_cell
+from .cells import STEPS
+from .function import backward_pass, forward_pass, why_no_kernels
+from .library import call_library
+from .recurrence import kernel_name
+
+log = logging.getLogger(__name__)
+
+_BUDGET = 5e8
+"""Floating-point operations of one measurement."""
+_GAIN = 0.95
+"""An approximation has to take no more than this share of the time of the exact pass."""
+_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds as a function of the number of steps."""
+
+    fixed: float
+    per_step: float
+
+    def at(self, steps: int) -> float:
+        """Seconds for so many steps."""
+        return self.fixed + self.per_step * steps
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Exact training of a layer: by whom, and what the two passes take."""
+
+    by: str
+    """``"kernels"`` or ``"library"``."""
+    forward: Line
+    backward: Line
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A recurrence: all that its cost depends on but the number of steps."""
+
+    key: str
+    """The cell's, in :data:`.cells.STEPS`."""
+    inputs: tuple[tuple[tuple[int, ...], bool], ...]
+    """Shape of one step, and whether a gradient is wanted."""
+    carry: tuple[tuple[tuple[int, ...], bool], ...]
+    weights: tuple[tuple[tuple[int, ...], bool], ...]
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+    @property
+    def trains(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(wanted for group in (self.inputs, self.carry, self.weights) for _, wanted in group)
+
+    def like(self, group: Sequence[tuple[tuple[int, ...], bool]], *more: int) -> list[Tensor]:
+        """Small numbers, so that nothing overflows and nothing is denormal."""
+        made = []
+        for shape, wanted in group:
+            x = torch.full((*more, *shape), 0.01, dtype=self.dtype, device=self.device)
+            made.append(x.requires_grad_(wanted))
+        return made
+
+
+def case_of(
+    key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Case, int]:
+    """The case of these tensors, which may be fake and have symbolic sizes, and the number of steps.
+
+    Args:
+        key: the cell's.
+        inputs: ``[T, ...]`` each; they, the initial ``carry`` and the ``weights`` may require gradients.
+    """
+
+    def described(x: Tensor, first: int = 0) -> tuple[tuple[int, ...], bool]:
+        return tuple(_compat.size_hint(n) for n in x.shape[first:]), x.requires_grad
+
+    case = Case(
+        key,
+        tuple(described(x, 1) for x in inputs),
+        tuple(map(described, carry)),
+        tuple(map(described, weights)),
+        carry[0].dtype,
+        carry[0].device,
+        torch.get_num_threads(),
+    )
+    return case, _compat.size_hint(inputs[0].shape[0])
+
+
+def why_exact_is_faster(
+    inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], key: str, settings: Settings
+) -> str:
+    """Why the exact backward pass is chosen, for these tensors of all steps; empty if the iteration is.
+
+    The forward passes are counted too: the library's and ours differ.
+    """
+    case, steps = case_of(key, inputs, carry, weights)
+    if not case.trains:
+        return ""
+    try:
+        with _compat.outside_of_tracing():
+            exact = fastest_exact(case)
+            if exact is None:
+                return ""
+            approximate = _forward_of_iteration(case).at(steps) + iteration_seconds(case, settings, steps)
+    except Exception as error:  # such as a lack of memory
+        log.warning("A recurrence is left exact as its cost cannot be measured.", exc_info=True)
+        return f"its cost cannot be measured ({type(error).__name__}: {error})"
+    taken = exact.forward.at(steps) + exact.backward.at(steps)
+    log.info(
+        "%s, %s steps: exact %.2f ms (%s), iterated about %.2f ms",
+        key, steps, taken * 1e3, exact.by, approximate * 1e3,
+    )  # fmt: skip
+    if approximate < _GAIN * taken:
+        return ""
+    times = f"{taken * 1e3:.3g} ms against about {approximate * 1e3:.3g} ms"
+    return f'exact backpropagation is faster here: {times}; apply="always" iterates all the same'
+
+
+def kernels_are_faster(
+    inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], key: str
+) -> bool:
+    """Whether exact training by our kernels, which exist, takes no longer than by the library."""
+    case, _ = case_of(key, inputs, carry, weights)
+    try:
+        with _compat.outside_of_tracing():
+            exact = fastest_exact(case)
+    except Exception:
+        log.warning("A recurrent layer is run by our kernels as its cost cannot be measured.", exc_info=True)
+        return True
+    return exact is not None and exact.by == "kernels"
+
+
+@functools.lru_cache(maxsize=256)
+def fastest_exact(case: Case) -> Exact | None:
+    """The faster of our kernels and the library, measured; None if there is neither."""
+    choices = [_measure_kernels(case), _measure_library(case)]
+    longest = 256
+    found = [c for c in choices if c is not None]
+    return min(found, key=lambda c: c.forward.at(longest) + c.backward.at(longest), default=None)
+
+
+def _forward_of_iteration(case: Case) -> Line:
+    """Our kernel's forward where there is one, else the library's."""
+    found = _measure_kernels(case) or _measure_library(case)
+    assert found is not None
+    return found.forward
+
+
+@functools.lru_cache(maxsize=256)
+def _measure_kernels(case: Case) -> Exact | None:
+    inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
+    if why_no_kernels(case.key, inputs, carry, weights):
+        return None
+    cell = trace_cell(STEPS[case.key], carry, inputs, weights)
+    wanted = [needed for _, needed in (*case.inputs, *case.weights)]
+    name = functools.partial(kernel_name, case.key, cell, carry, inputs, weights)
+    first, then = name(emit=True), name(backward=[True] * len(carry), wanted=wanted)
+
+    def forward(steps: int) -> Callable[[], object]:
+        x = [t.detach() for t in case.like(case.inputs, steps)]
+        h, w = ([t.detach() for t in group] for group in (carry, weights))
+        states, emitted = forward_pass(cell, first, x, h, w)
+        cotangents = [Cotangent(s[-1], s[:-1]) for s in states]
+        return lambda: backward_pass(
+            cell, x, states, w, emitted, cotangents, Settings(EXACT), wanted, lambda _: then
+        )
+
+    with torch.no_grad():
+        return Exact("kernels", *_time(case, forward))
+
+
+@functools.lru_cache(maxsize=256)
+def _measure_library(case: Case) -> Exact | None:
+    if not hasattr(torch, case.key):
+        return None
+
+    def forward(steps: int) -> Callable[[], object]:
+        x, h, w = case.like(case.inputs, steps), case.like(case.carry), case.like(case.weights)
+        y = call_library(x[0], h, w, case.key, training=True)[0]
+        wanted = [t for t in (*x, *h, *w) if t.requires_grad]
+        cotangent = y.detach()
+        return lambda: torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
+
+    with torch.enable_grad(), _compat.autograd_inside_an_operator():
+        return Exact("library", *_time(case, forward))
+
+
+def _time(case: Case, forward: Callable[[int], Callable[[], object]]) -> tuple[Line, Line]:
+    """Of a forward pass over so many steps, and of the backward pass that it returns."""
+    rows = case.carry[0][0][0] if case.carry[0][0] else 1
+    flops = 6 * rows * sum(math.prod(shape) for shape, _ in case.weights)
+    longer = int(min(max(_BUDGET / max(flops, 1), 8), 256))
+    lengths = longer // 4, longer
+    seconds = []
+    for steps in lengths:
+        best = [math.inf, math.inf]
+        for _ in range(5):
+            start = _now(case.device)
+            backward = forward(steps)
+            middle = _now(case.device)
+            backward()
+            best = [min(best[0], middle - start), min(best[1], _now(case.device) - middle)]
+        seconds.append(best)
+    lines = []
+    for short, long in zip(*seconds, strict=True):
+        slope = max(long - short, 0.0) / (lengths[1] - lengths[0])
+        lines.append(Line(max(short - slope * lengths[0], 0.0), slope))
+    return lines[0], lines[1]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
+    """Predicted time of an iterated backward pass.
+
+    Each iteration multiplies all rows of all steps by the block's matrices, reads what the block reads and
+    the state, and scans; in groups it does so one step of the groups after the other. The gradients of inputs
+    and weights take one more such pass, and the products for the weights.
+    """
+    inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
+    cell = trace_cell(STEPS[case.key], carry, inputs, weights)
+    block, gradients = set(cell.block.nodes), _gradient_nodes(cell)
+    swept = max(1, min(settings.group_size, steps))
+    iterations = min(settings.iterations, math.ceil(steps / swept))
+    product = functools.partial(_products_seconds, cell=cell, case=case)
+    state = sum(x.numel() for x in carry)
+    read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
+    bandwidth = _bandwidth(case.device, case.threads, _bytes(case, steps * state))
+    operators = 6 + 2 * sum(op_name(n) in _PRODUCTS for n in cell.block.nodes)
+    one = (
+        product(cell.block.nodes, steps=math.ceil(steps / swept)) * swept
+        + _bytes(case, steps * (read + 6 * state)) / bandwidth
+        + operators * swept * _operator_seconds(case.device, case.threads)
+    )
+    last = (
+        product([n for n in gradients if n not in block], steps=steps)
+        + product(cell.block.nodes, steps=steps)
+        + _bytes(case, steps * (2 * read + 2 * state)) / bandwidth
+        + 3 * operators * _operator_seconds(case.device, case.threads)
+    )
+    return iterations * one + last
+
+
+def _gradient_nodes(cell: CellGraph) -> list[Node]:
+    """What depends on a cotangent."""
+    reached = cell.depending_on(cell.block.entry)
+    return [n for n in cell.nodes if n in reached]
+
+
+def _numel(node: Node) -> int:
+    value = node.meta["val"]
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def _bytes(case: Case, elements: int) -> int:
+    return elements * case.dtype.itemsize
+
+
+def _products_seconds(nodes: Sequence[Node], cell: CellGraph, case: Case, steps: int) -> float:
+    """Of all products among the nodes, each for all steps at once."""
+    total = 0.0
+    for node in nodes:
+        if node.op == "call_function" and op_name(node) in _PRODUCTS:
+            a, b = (n for n in node.all_input_nodes[-2:])
+            many = math.prod(a.meta["val"].shape[:-2])
+            (rows, inner), columns = a.meta["val"].shape[-2:], b.meta["val"].shape[-1]
+            flops = 2 * many * rows * inner * columns * steps
+            batch = case.carry[0][0][0]
+            sizes = (rows * steps, inner, columns) if rows == batch else (rows, inner * steps, columns)
+            total += flops / _product_rate(*sizes, case.dtype, case.device, case.threads)
+    return total
+
+
+@functools.lru_cache(maxsize=1024)
+def _product_rate(
+    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> float:
+    """FLOPs a second of ``[rows, inner] @ [inner, columns]``, measured on a part if it is large."""
+    share = min(1.0, _BUDGET / (2 * rows * inner * columns))
+    if rows > inner:
+        rows = max(int(rows * share), 1)
+    else:
+        inner = max(int(inner * share), 1)
+    a = torch.full((rows, inner), 0.01, dtype=dtype, device=device)
+    b = torch.full((inner, columns), 0.01, dtype=dtype, device=device)
+    return 2 * rows * inner * columns / _best(lambda: a @ b, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bandwidth(device: torch.device, threads: int, size: int) -> float:
+    """Bytes a second of an elementwise operator that makes a tensor of about this size in bytes."""
+    n = max(min(size, 1 << 26) // 4, 1 << 12)
+    a = torch.full((n,), 0.01, device=device)
+    return 3 * 4 * n / _best(lambda: a + a, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _operator_seconds(device: torch.device, threads: int) -> float:
+    """What it takes to call an operator that has next to nothing to do."""
+    a = torch.full((16,), 0.01, device=device)
+
+    def several() -> None:
+        for _ in range(20):
+            torch.add(a, a)
+
+    return _best(several, device) / 20
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    found = math.inf
+    with torch.no_grad():
+        for _ in range(4):
+            start = _now(device)
+            run()
+            found = min(found, _now(device) - start)
+    return max(found, 1e-9)

@@ -1,0 +1,98 @@
+"""``apply="auto"`` on recurrences: the decision, given what things cost, and what is measured for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scan_cells import CELLS
+from test_scans import Model, data
+from torch import Tensor, nn
+
+from hwbp_compile import explain
+from hwbp_compile.recurrent import cost
+from hwbp_compile.recurrent.backward import Settings
+from hwbp_compile.recurrent.cost import Exact, Line, case_of, fastest_exact, iteration_seconds
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, exact: float, iterated: float) -> None:
+    """Seconds per step of an exact training step, and of an iterated backward pass."""
+    nothing = Line(0.0, 0.0)
+    monkeypatch.setattr(cost, "fastest_exact", lambda _: Exact("kernels", nothing, Line(0.0, exact)))
+    monkeypatch.setattr(cost, "_forward_of_iteration", lambda _: nothing)
+    monkeypatch.setattr(cost, "iteration_seconds", lambda case, settings, steps: iterated * steps)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize(
+    ("exact", "iterated", "applied"), [(1.0, 2.0, False), (2.0, 1.0, True), (1.0, 0.97, False)]
+)
+def test_the_faster_one_is_chosen(
+    kind: type[nn.RNNBase], exact: float, iterated: float, applied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, exact * 1e-3, iterated * 1e-3)
+    (chain,) = explain(kind(3, 5), torch.randn(20, 2, 3), options={"iterations": 2}).chains
+    assert chain.applied == applied
+    if not applied:
+        assert "exact backpropagation is faster here: 20 ms" in chain.reason
+        assert 'apply="always"' in chain.reason
+    (chain,) = explain(kind(3, 5), torch.randn(20, 2, 3), options={"apply": "always"}).chains
+    assert chain.applied
+
+
+def test_scans_are_decided_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(CELLS["layer norm gru"])
+    x, *carry = data(model.cell, 6, 2)
+    for iterated, applied in ((2.0, False), (0.5, True)):
+        pretend(monkeypatch, 1.0, iterated)
+        (chain,) = explain(model, x, *carry, options={"iterations": 2}).chains
+        assert chain.applied == applied
+
+
+def test_what_cannot_be_measured_is_left_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> Exact:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cost, "fastest_exact", fails)
+    (chain,) = explain(nn.GRU(3, 5), torch.randn(20, 2, 3), options={"iterations": 2}).chains
+    assert not chain.applied
+    assert "cannot be measured (MemoryError: no room)" in chain.reason
+
+
+def test_without_gradients_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, math.nan, math.nan)
+    module = nn.GRU(3, 5).requires_grad_(False)
+    compiled = torch.compile(module, backend="highway", options={"codegen": "eager"}, fullgraph=True)
+    x = torch.randn(6, 2, 3)
+    torch.testing.assert_close(compiled(x)[0], module(x)[0])
+
+
+@pytest.mark.parametrize("key", ["gru", "lstm"])
+def test_measurements(key: str) -> None:
+    """Both ways are measured; predictions grow with the steps and the iterations."""
+    module = nn.GRU(3, 8) if key == "gru" else nn.LSTM(3, 8)
+    carry = [torch.zeros(2, 8)] * (2 if key == "lstm" else 1)
+    case, steps = case_of(key, [torch.randn(40, 2, 3)], carry, list(module.parameters()))
+    assert steps == 40
+    for measured in (cost._measure_kernels(case), cost._measure_library(case), fastest_exact(case)):
+        assert measured is not None
+        assert measured.forward.at(100) > 0
+        assert measured.backward.at(100) > 0
+
+    def predicted(iterations: int, steps: int, group_size: int = 1) -> float:
+        return iteration_seconds(case, Settings(iterations, group_size=group_size), steps)
+
+    assert predicted(1, 100) < predicted(4, 100)
+    assert predicted(50, 10) == predicted(10, 10), "more iterations than steps are not done"
+    assert predicted(100, 128, 8) == predicted(16, 128, 8)
+
+
+def test_nothing_random_and_no_setting_is_touched() -> None:
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    weights: list[Tensor] = list(nn.GRU(2, 3).parameters())
+    state = torch.get_rng_state()
+    cost.why_exact_is_faster([torch.zeros(9, 2, 2)], [torch.zeros(2, 3)], weights, "gru", Settings(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (torch.is_grad_enabled(), torch.get_num_threads()) == (grad, threads)
+    assert all(w.grad is None for w in weights)
