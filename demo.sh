@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a GPT and a ResNet with exact backpropagation and with Highway-BP, side by side; `./demo.sh --help` for options.
+# Train a GPT, a ResNet and two GRUs with exact backpropagation and with Highway-BP, side by side; `./demo.sh --help` for options.
 set -eu
 cd "$(dirname "$0")"
 . scripts/environment.sh examples

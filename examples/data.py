@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -71,6 +72,23 @@ def digits(batch: int) -> Data:
         tuple((images[rows], labels[rows]) for rows in held_out.split(batch)),
         10,
         f"{len(images):,} images of handwritten digits from scikit-learn",
+    )
+
+
+def pixels(batch: int, size: int) -> Data:
+    """The same digits, enlarged to ``size`` x ``size`` and read one pixel after the other, row by row."""
+    found = digits(batch)
+
+    def read(data: Batch) -> Batch:
+        images, labels = data
+        large = F.interpolate(images, (size, size), mode="bilinear")
+        return large.flatten(1).unsqueeze(-1), labels
+
+    return Data(
+        lambda step: read(found.train(step)),
+        tuple(map(read, found.validation)),
+        found.classes,
+        f"{found.description}, {size * size} pixels one by one",
     )
 
 

@@ -1,7 +1,8 @@
 """Train two real models with exact backpropagation and with Highway-BP, side by side.
 
-A character-level GPT reads Python's language reference, a ResNet recognises handwritten digits. Run it with
-``./demo.sh`` from the root of the repository; tables and a plot end up in ``demo_output/``.
+A character-level GPT and a GRU read Python's language reference; a ResNet recognises handwritten digits, and
+another GRU does so one pixel after the other. Run it with ``./demo.sh`` from the root of the repository; tables
+and a plot end up in ``demo_output/``.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch
 from char_gpt import CharGPT
-from data import characters, digits
+from data import characters, digits, pixels
 from digits_resnet import DigitsResNet
 from plot import draw
+from recurrent import CharGRU, PixelGRU
 from table import LEGEND, table, verdict
 from training import Backward, Run, Task, train
 
@@ -54,7 +56,37 @@ def resnet_task(quick: bool) -> Task:
     )
 
 
-TASKS = {"gpt": gpt_task, "resnet": resnet_task}
+def characters_task(quick: bool) -> Task:
+    """A GRU with a loss at every step."""
+    length = 64 if quick else 128
+    data = characters(batch=8, length=length)
+    return Task(
+        name="gru",
+        title=f"GRU on characters: a chain of {length} steps",
+        make_model=lambda: CharGRU(data.classes),
+        data=data,
+        steps=50 if quick else 600,
+        learning_rate=1e-2,
+        over_time=True,
+    )
+
+
+def pixels_task(quick: bool) -> Task:
+    """A GRU with a loss at its last step only."""
+    size = 8 if quick else 16
+    data = pixels(batch=32, size=size)
+    return Task(
+        name="pixels",
+        title=f"GRU on pixels: a chain of {size * size} steps",
+        make_model=lambda: PixelGRU(data.classes, size * size),
+        data=data,
+        steps=50 if quick else 1000,
+        learning_rate=1e-2,
+        over_time=True,
+    )
+
+
+TASKS = {"gpt": gpt_task, "resnet": resnet_task, "gru": characters_task, "pixels": pixels_task}
 
 
 def exact_backward(codegen: str) -> Backward:
@@ -62,12 +94,24 @@ def exact_backward(codegen: str) -> Backward:
     return Backward("exact", {"backend": "inductor" if codegen == "inductor" else "aot_eager"})
 
 
-def highway_backward(iterations: int, codegen: str) -> Backward:
-    """Highway-BP: all blocks of a chain at once, ``iterations`` times."""
-    return Backward(
-        f"k = {iterations}",
-        {"backend": "highway", "options": {"iterations": iterations, "codegen": codegen}},
-    )
+def highway_backward(iterations: int | str, codegen: str, **options: int) -> Backward:
+    """Highway-BP: all blocks of a chain at once, ``iterations`` times; also where exact is faster."""
+    name = "highway, exact" if iterations == "exact" else f"k = {iterations}"
+    if "group_size" in options:
+        name = f"groups of {options['group_size']}, {name}"
+    given = {"iterations": iterations, "codegen": codegen, "apply": "always", **options}
+    return Backward(name, {"backend": "highway", "options": given})
+
+
+def backwards_of(task: Task, iterations: list[int], codegen: str) -> list[Backward]:
+    """The ways to train that are compared, the first of them exact."""
+    ways = [exact_backward(codegen)]
+    if task.over_time:
+        ways.append(highway_backward("exact", codegen))
+    ways += [highway_backward(k, codegen) for k in iterations]
+    if task.over_time:
+        ways.append(highway_backward(1, codegen, group_size=8))
+    return ways
 
 
 def choose_codegen() -> str:
@@ -92,7 +136,7 @@ def compare(task: Task, iterations: list[int], codegen: str) -> tuple[list[Run],
     parameters = sum(p.numel() for p in model.parameters())
     print(f"\n{task.title}\n{parameters:,} parameters, {task.steps} steps; {task.data.description}\n")
     print(hwbp_compile.explain(model, task.data.train(0)[0], options={"iterations": iterations[-1]}), "\n")
-    runs = train(task, model, [exact_backward(codegen), *(highway_backward(k, codegen) for k in iterations)])
+    runs = train(task, model, backwards_of(task, iterations, codegen))
     report = f"{table(runs)}\n\n{verdict(runs)}"
     print(f"\n{report}", flush=True)
     return runs, f"## {task.title}\n{task.steps} steps; {task.data.description}\n\n{report}\n"

@@ -37,6 +37,8 @@ class Task:
     data: Data
     steps: int
     learning_rate: float
+    over_time: bool = False
+    """Whether the chain runs over time, not over depth."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import fx
@@ -320,16 +322,11 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[...,
     original = VariableBuilder._wrap
     if hasattr(original, mark):
         return
+    refused: WeakSet[Any] = WeakSet()
     handlers = TorchInGraphFunctionVariable._get_handlers()
 
     def marked(tx: Any) -> bool:
-        backend = tx.output.compiler_fn
-        while backend is not None and not hasattr(backend, mark):
-            inner = getattr(backend, "compiler_fn", None) or getattr(
-                backend, "_torchdynamo_orig_backend", None
-            )
-            backend = None if inner is backend else inner
-        return backend is not None
+        return _has_mark(tx.output.compiler_fn, mark)
 
     def break_at_packed(self: Any, tx: Any, *args: Any, **kwargs: Any) -> None:
         if marked(tx):
@@ -375,10 +372,53 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[...,
         ):
             with config.patch(allow_rnn=True):
                 return original(self, value)
+        if isinstance(value, torch.nn.RNNBase) and not marked(self.tx):
+            refused.add(self.tx.output.root_tx.f_code)
         return original(self, value)
 
     setattr(wrap, mark, True)
     VariableBuilder._wrap = wrap  # type: ignore[method-assign]
+    _try_frames_again(mark, refused)
+
+
+def _has_mark(backend: Any, mark: str) -> bool:
+    """Whether a backend, or what it wraps, has the attribute."""
+    while backend is not None and not hasattr(backend, mark):
+        inner = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
+        backend = None if inner is backend else inner
+    return backend is not None
+
+
+def _try_frames_again(mark: str, refused: WeakSet[Any]) -> None:
+    """Have Dynamo look again at functions which it gave up for another backend.
+
+    It never looks again, for any backend, at code in which it found nothing to compile, such as a model that
+    begins with a recurrent module it refuses. Such code, ``refused``, is to be skipped only where the backend
+    has no mark.
+    """
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo import convert_frame
+    from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+    original = convert_frame.ConvertFrame.__call__
+    skipped: WeakSet[Any] = WeakSet()
+
+    def call(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        code = frame.f_code
+        ours = _has_mark(self._torchdynamo_orig_backend, mark)
+        if code in skipped and not ours:
+            return ConvertFrameReturn(apply_to_code=False, skip_reason="recurrent modules are refused")
+        found = original(self, frame, *args, **kwargs)
+        if code in refused and not ours and found.guarded_code is None and found.apply_to_code:
+            skipped.add(code)
+            found.apply_to_code = False
+        return found
+
+    convert_frame.ConvertFrame.__call__ = call  # type: ignore[method-assign]
+    for code in convert_frame.input_codes.seen:
+        known = code() if isinstance(code, weakref.ref) else code
+        if known is not None:
+            set_code_exec_strategy(known, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
 
 
 def let_scans_compile() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -406,6 +408,37 @@ def test_inside_a_transform_of_torch_func() -> None:
         gradient, backend="highway", options={"iterations": 0, "apply": "always", "codegen": "eager"}
     )
     torch.testing.assert_close(compiled(x), gradient(x))
+
+
+BEFORE = """
+import copy, torch
+from torch import nn
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4)
+    def forward(self, x):
+        return self.gru(x)[0].square().sum()
+m, x = M(), torch.randn(6, 2, 3)
+other = torch.compile(copy.deepcopy(m), backend="aot_eager")
+other(x)
+options = {"iterations": 0, "apply": "always", "codegen": "eager"}
+ours = torch.compile(m, backend="highway", options=options)
+for _ in range(2):
+    for f in (ours, other):
+        f.zero_grad()
+        f(x).backward()
+    pairs = zip(ours.parameters(), other.parameters())
+    print(max(float((a.grad - b.grad).abs().max()) for a, b in pairs) > 1e-3)
+torch.compile(m, backend="highway", options=options, fullgraph=True)(x)
+"""
+
+
+def test_another_backend_that_came_first() -> None:
+    """What Dynamo gave up for another backend, before there was ours, is compiled, and stays so."""
+    done = subprocess.run([sys.executable, "-c", BEFORE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_other_backends_are_as_before() -> None:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _BUDGET = 5e8
 """Floating-point operations of one measurement."""
-_GAIN = 0.95
+_GAIN = 0.9
 """An approximation has to take no more than this share of the time of the exact pass."""
 _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
@@ -318,10 +318,13 @@ def _product_rate(
 
 @functools.lru_cache(maxsize=1024)
 def _bandwidth(device: torch.device, threads: int, size: int) -> float:
-    """Bytes a second of an elementwise operator that makes a tensor of about this size in bytes."""
-    n = max(min(size, 1 << 26) // 4, 1 << 12)
+    """Bytes a second of elementwise operators that make tensors of about this size in bytes.
+
+    Several are kept at a time, as in a backward pass: memory that was not in use just now is slower.
+    """
+    n = max(min(size, 1 << 25) // 4, 1 << 12)
     a = torch.full((n,), 0.01, device=device)
-    return 3 * 4 * n / _best(lambda: a + a, device)
+    return 4 * 3 * 4 * n / _best(lambda: [a + a for _ in range(4)], device)
 
 
 @functools.lru_cache(maxsize=16)
