@@ -1,8 +1,8 @@
-"""Train two real models with exact backpropagation and with Highway-BP, side by side.
+"""Train real models with exact backpropagation and with Highway-BP, side by side.
 
 A character-level GPT and a GRU read Python's language reference; a ResNet recognises handwritten digits, and
-another GRU does so one pixel after the other. Run it with ``./demo.sh`` from the root of the repository; tables
-and a plot end up in ``demo_output/``.
+another GRU does so one pixel after the other. Run it with ``./demo.sh`` from the root of the repository;
+tables and a plot end up in ``demo_output/``.
 """
 
 from __future__ import annotations

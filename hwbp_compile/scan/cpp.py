@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
+from .rows import coefficients_of, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -107,21 +108,11 @@ def linear_scan(kernel: Kernel, v: Tensor, a: Tensor, initial: Tensor | None, re
     """See :func:`.op.linear_scan`; ``v`` is not empty."""
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     rows, columns = v.shape[0], v[0].numel()
-    terms, term_step = _rows(v, columns)
-    if a[0].numel() == 1:
-        uniform, coefficients, step = True, a, a.stride(0) if a.shape[0] > 1 else 0
-    else:
-        uniform, (coefficients, step) = False, _rows(a.expand_as(v), columns)
+    terms, term_step = rows_of(v, columns)
+    coefficients, step, uniform = coefficients_of(a, v, columns)
     start: Any = out if initial is None else initial.contiguous()
     kernel(
         terms, coefficients, start, out, int(initial is not None), rows, columns, term_step, step,
         int(uniform), int(reverse), torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _rows(x: Tensor, columns: int) -> tuple[Tensor, int]:
-    """``x`` with rows that are contiguous, and how far apart they lie."""
-    if not x[0].is_contiguous():
-        x = x.contiguous()
-    return x, x.stride(0) if x.shape[0] > 1 else columns

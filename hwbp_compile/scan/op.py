@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from . import cpp, loop
+from . import cpp, loop, triton
 
 torch.library.define(
     "hwbp_compile::linear_scan",
@@ -73,6 +73,15 @@ def _cpu(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = Fa
     if kernel is None:
         return loop.linear_scan(v, a, initial, reverse)
     return cpp.linear_scan(kernel, v, a, initial, reverse)
+
+
+@torch.library.impl("hwbp_compile::linear_scan", "cuda")
+def _cuda(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
+    _check(v, a, initial)
+    kernel = triton.kernel() if v.numel() else None
+    if kernel is None:
+        return loop.linear_scan(v, a, initial, reverse)
+    return cast(Tensor, kernel(v, a, initial, reverse))
 
 
 @torch.library.register_fake("hwbp_compile::linear_scan")

@@ -1,0 +1,62 @@
+"""The Triton kernel of the linear recurrence without a GPU: interpreted, and compiled for one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.9", reason="Triton's interpreter needs 3.9 for today's NumPy")
+
+INTERPRETED = """
+import torch
+from hwbp_compile.scan import triton
+from hwbp_compile.scan.naive import linear_scan_naive
+kernel = triton.kernel()
+tolerances = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+torch.manual_seed(0)
+for dtype, tolerance in tolerances.items():
+    # Less than a tile, several, a whole number of them; one column, more than a program's.
+    for rows, columns in ((1, 1), (3, 20), (64, 16), (150, 5)):
+        for scalar in (False, True):
+            for reverse in (False, True):
+                v = torch.randn(2 * rows, columns).to(dtype)[::2]
+                a = torch.rand(rows, 1 if scalar else columns).to(dtype)
+                for initial in (None, torch.randn(columns).to(dtype)):
+                    found = kernel(v, a, initial, reverse)
+                    expected = linear_scan_naive(v, a, initial, reverse)
+                    assert found.dtype == dtype and found.is_contiguous()
+                    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+print("done")
+"""
+
+COMPILED = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hwbp_compile.scan.triton import kernel
+(walk,) = [c.cell_contents for c in kernel().__closure__ if isinstance(c.cell_contents, triton.JITFunction)]
+for element, wide in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
+    for uniform in (True, False):
+        constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=True, WIDE=wide, TILE=64, COLUMNS=16)
+        signature = {n: "constexpr" if n in constants else "i32" for n in walk.arg_names}
+        signature.update(dict.fromkeys(("v", "a", "initial", "u"), "*" + element))
+        places = {(walk.arg_names.index(n),): value for n, value in constants.items()}
+        source = ASTSource(fn=walk, signature=signature, constexprs=places)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+print("done")
+"""
+
+
+@pytest.mark.parametrize("script", [INTERPRETED, COMPILED], ids=["interpreted", "compiled"])
+def test_kernel(script: str, request: pytest.FixtureRequest) -> None:
+    if "compiled" in request.node.name:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    else:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    # Triton wants a kernel's source in a file, and decides at import whether it interprets.
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "done", done.stderr[-2000:]
