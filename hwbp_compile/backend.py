@@ -16,6 +16,7 @@ from . import _compat
 from .options import Options, parse_options
 from .passes.pipeline import rewrite
 from .recurrent.capture import MARK, install, settle
+from .recurrent.scans import trained_scans
 from .report.log import log_record
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,14 @@ def highway(
     """
     ours, inductor = parse_options(options, mode)
     settle(gm, ours)
-    compiler = _compat.compile_op_by_op if ours.codegen == "eager" else _compat.compile_with_inductor
+    by_op = ours.codegen == "eager"
+    if not by_op and trained_scans(gm):
+        log.warning(
+            "A scan stays torch's own, and Inductor computes wrong gradients for some of these, so its graph "
+            "runs op by op. hwbp_compile.explain says why it is left."
+        )
+        by_op = True
+    compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
     return compiler(gm, example_inputs, inductor, HighwayPass(ours))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -191,6 +192,31 @@ def test_directions_dimensions_and_structures() -> None:
         options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
         compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
         assert relative_error(gradients(model, compiled, [x]), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("apply", ["never", "always"])
+def test_no_wrong_gradient_by_inductor(apply: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a bias is added within a gate that is reset, Inductor's own scan has a wrong gradient."""
+    gru = nn.GRU(4, 5).double()
+    w_x, w_h, b_x, b_h = gru.parameters()
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        def step(h: Tensor, of_x: Tensor) -> tuple[Tensor, Tensor]:
+            (r_x, z_x, n_x), (r_h, z_h, n_h) = of_x.chunk(3, -1), F.linear(h, w_h, b_h).chunk(3, -1)
+            z = torch.sigmoid(z_x + z_h)
+            h = (1 - z) * torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h) + z * h
+            return h, h.clone()
+
+        return scan(step, x.new_zeros(3, 5), F.linear(x, w_x, b_x))[1].sin().sum()
+
+    weights = list(gru.parameters())
+    expected = torch.autograd.grad(gru(x)[0].sin().sum(), weights)
+    options = {"apply": apply, "iterations": 6}
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        found = torch.autograd.grad(torch.compile(run, backend="highway", options=options)(x), weights)
+    assert relative_error(list(found), list(expected)) <= TOLERANCE
+    assert ("runs op by op" in caplog.text) == (apply == "never")
 
 
 def test_outputs_that_are_written_to() -> None:

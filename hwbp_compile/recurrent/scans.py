@@ -33,6 +33,20 @@ def scans_in(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target is target]
 
 
+def trained_scans(owner: GraphModule) -> list[Node]:
+    """The scans in a graph that Dynamo made, and in its subgraphs, that a backward pass may go through."""
+    if not torch.is_grad_enabled():
+        return []
+    graphs = [m.graph for m in owner.modules() if isinstance(m, GraphModule)]
+    found = [node for graph in graphs for node in scans_in(graph)]
+    return [node for node in found if any(_requires_grad(n) for n in node.all_input_nodes)]
+
+
+def _requires_grad(node: Node) -> bool:
+    value = _value(node)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def make_ready(owner: GraphModule, node: Node) -> None:
     """See to what torch refuses in a scan without need, before it gets one that stays what it is.
 
