@@ -65,7 +65,7 @@ def characters_task(quick: bool) -> Task:
         title=f"GRU on characters: a chain of {length} steps",
         make_model=lambda: CharGRU(data.classes),
         data=data,
-        steps=50 if quick else 600,
+        steps=50 if quick else 400,
         learning_rate=1e-2,
         over_time=True,
     )
@@ -80,7 +80,7 @@ def pixels_task(quick: bool) -> Task:
         title=f"GRU on pixels: a chain of {size * size} steps",
         make_model=lambda: PixelGRU(data.classes, size * size),
         data=data,
-        steps=50 if quick else 1000,
+        steps=50 if quick else 600,
         learning_rate=1e-2,
         over_time=True,
     )

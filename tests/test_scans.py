@@ -17,7 +17,8 @@ from scan_cells import CELLS, Cell, State
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from hwbp_compile import explain
+from hwbp_compile import _compat, explain
+from hwbp_compile.recurrent import recurrence
 
 TOLERANCE = 1e-10
 
@@ -286,38 +287,90 @@ def _no_residual(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return torch.tanh((h + x) @ w)
 
 
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        (_sorted, "sort"),
-        (_dropped, "random"),
-        (_across_the_batch, "rows of the batch"),
-        (_no_residual, "no residual path"),
-    ],
-)
-def test_left_exact(function: Any, reason: str) -> None:
-    w = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+def _batch_normed(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return 0.9 * h + torch.tanh(F.batch_norm((h + x) @ w, None, None, training=True))
 
-    def run(x: Tensor, h: Tensor, over_time: Any = scan) -> Tensor:
+
+class Unusual:
+    """A scan of a cell for which there is no kernel, or no chain."""
+
+    def __init__(self, function: Any, dtype: torch.dtype = torch.float64) -> None:
+        self.function = function
+        self.w = nn.Parameter(torch.randn(4, 4, dtype=dtype))
+        self.inputs = [torch.randn(s, dtype=dtype).requires_grad_() for s in ((5, 3, 4), (3, 4))]
+
+    def __call__(self, x: Tensor, h: Tensor, over_time: Any = scan) -> Tensor:
         def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            h = function(h, x, w)
+            h = self.function(h, x, self.w)
             return h, h.clone()
 
         return over_time(step, h, x)[1].square().sum()
 
-    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
-    h = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    (chain,) = explain(run, x, h, options={"iterations": 1, "apply": "always"}).chains
+    def gradients(self, over_time: Any = None, **options: Any) -> list[Tensor]:
+        torch._dynamo.reset()
+        options = {"codegen": "eager", "apply": "always", **options}
+        compiled = torch.compile(self, backend="highway", options=options, fullgraph=True)
+        loss = self(*self.inputs, over_time) if over_time else compiled(*self.inputs)
+        return list(torch.autograd.grad(loss, [*self.inputs, self.w]))
+
+
+def test_random_numbers_leave_it_exact() -> None:
+    model = Unusual(_dropped)
+    (chain,) = explain(model, *model.inputs, options={"iterations": 1, "apply": "always"}).chains
     assert not chain.applied
-    assert reason in chain.reason
-    if reason == "random":
-        return
-    compiled = torch.compile(
-        run, backend="highway", options={"iterations": 1, "apply": "always", "codegen": "eager"}
-    )
-    expected = torch.autograd.grad(run(x, h, loop), [x, h, w])
-    found = torch.autograd.grad(compiled(x, h), [x, h, w])
-    assert relative_error(list(found), list(expected)) <= TOLERANCE
+    assert "random" in chain.reason
+
+
+def test_no_residual_path() -> None:
+    model = Unusual(_no_residual)
+    (chain,) = explain(model, *model.inputs, options={"iterations": 1, "apply": "always"}).chains
+    assert not chain.applied
+    assert "no residual path" in chain.reason
+    assert relative_error(model.gradients(iterations=1), model.gradients(loop)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("function", [_sorted, _across_the_batch, _batch_normed])
+def test_loops_where_there_are_no_kernels(function: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An operator that has no translation, and samples that are mixed: the steps run operator by operator."""
+    model = Unusual(function)
+    expected = model.gradients(loop)
+    with caplog.at_level(logging.INFO, "hwbp_compile"):
+        assert relative_error(model.gradients(iterations="exact"), expected) <= TOLERANCE
+    assert "loop of torch's operators" in caplog.text
+    assert relative_error(model.gradients(iterations=5), expected) <= TOLERANCE
+    (chain,) = explain(model, *model.inputs, options={"iterations": 1, "apply": "always"}).chains
+    if chain.applied:
+        assert relative_error(model.gradients(iterations=0), expected) > 1e-3
+
+
+def test_half_precision_runs_in_loops() -> None:
+    model = Unusual(lambda h, x, w: 0.9 * h + torch.tanh((h + x) @ w), torch.bfloat16)
+    expected = model.gradients(loop)
+    for iterations in ("exact", 5):
+        found = model.gradients(iterations=iterations)
+        assert all(f.dtype == torch.bfloat16 for f in found)
+        floats = ([g.float() for g in gradients] for gradients in (found, expected))
+        assert relative_error(*floats) <= 0.05
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_loops_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loops and kernels compute is the same, exactly and at a small k."""
+    model = Model(CELLS[name])
+    inputs = data(model.cell, 5, 3)
+    expected = [highway(model, inputs, iterations=k) for k in ("exact", 1)]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    recurrence._made.cache_clear()
+    monkeypatch.setattr(_compat, "load_cpp_kernel", fails)
+    try:
+        found = [highway(model, inputs, iterations=k) for k in ("exact", 1)]
+    finally:
+        recurrence._made.cache_clear()
+    for f, e in zip(found, expected, strict=True):
+        assert relative_error(f, e) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("inputs", "hidden", "batch"), [(3, 600, 2), (3, 300, 70), (9000, 32, 2)])

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from .. import _compat
+from ..errors import CannotRewrite
 from ..passes.linear_ops import op_name
 from ..passes.program import externals_of
 from .backward import EXACT, Cotangent, Settings
 from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
-from .function import backward_pass, forward_pass, why_no_kernels
+from .function import backward_pass, forward_pass, understand
 from .library import call_library
 from .recurrence import kernel_name
 
@@ -175,9 +176,12 @@ def _forward_of_iteration(case: Case) -> Line:
 @functools.lru_cache(maxsize=256)
 def _measure_kernels(case: Case) -> Exact | None:
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
-    if why_no_kernels(case.key, inputs, carry, weights):
+    try:
+        cell, only_loops = understand(case.key, inputs, carry, weights)
+    except CannotRewrite:
         return None
-    cell = trace_cell(STEPS[case.key], carry, inputs, weights)
+    if only_loops and hasattr(torch, case.key):
+        return None  # the library's are no slower
     wanted = [needed for _, needed in (*case.inputs, *case.weights)]
     name = functools.partial(kernel_name, case.key, cell, carry, inputs, weights)
     first, then = name(emit=True), name(backward=[True] * len(carry), wanted=wanted)

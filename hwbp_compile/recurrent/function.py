@@ -22,7 +22,7 @@ from ..stage import TIME, stage
 from .backward import EXACT, Cotangent, Gradients, Settings, cell_backward, replay_of, run
 from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
-from .recurrence import kernel_name, kernel_program
+from .recurrence import kernel_name, kernel_program, why_no_kernel
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +166,11 @@ def _recurrent_cell(
 
 def understand(
     key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
-) -> CellGraph:
+) -> tuple[CellGraph, str]:
     """Trace a cell and see to its kernels. Arguments as of one step.
+
+    Returns:
+        The cell, and why its steps run in a loop of torch's operators; empty if there are kernels.
 
     Raises:
         CannotRewrite: the cell cannot be run, forward and exactly backward.
@@ -178,40 +181,56 @@ def understand(
         raise
     except Exception as error:  # the user's own function
         raise CannotRewrite(f"the cell cannot be traced on its own ({type(error).__name__})") from error
-    kernel_name(key, cell, carry, inputs, weights, emit=True)
+    name = kernel_name(key, cell, carry, inputs, weights, emit=True)
     wanted = [True] * (len(inputs) + len(weights))
-    kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry), wanted=wanted)
-    return cell
+    then = kernel_name(key, cell, carry, inputs, weights, backward=[True] * len(carry), wanted=wanted)
+    reason = why_no_kernel(name) or why_no_kernel(then)
+    if reason:
+        _try(cell, name, then, inputs, carry, weights, Settings(EXACT))
+    return cell, reason
 
 
 def why_not_parallel(
-    cell: CellGraph, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+    key: str, cell: CellGraph, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> str:
     """Why a cell's backward pass cannot be done in parallel; empty if it can. Arguments as of one step."""
     if not cell.split.kind:
         return "no residual path: a step of the cell hands its state on through matrices only"
-
-    def over_time(x: Tensor) -> Tensor:
-        return x.unsqueeze(0).expand(2, *x.shape)
-
     try:
-        replay = replay_of(cell, list(map(over_time, inputs)), weights)
-        for node, x in zip(cell.carry, carry, strict=True):
-            replay.give(node, Stacked(over_time(x)))
-        cotangents = [Cotangent(x, over_time(x)) for x in carry]
-        wanted = [True] * (len(inputs) + len(weights))
-        cell_backward(cell, replay, cotangents, Settings(1), wanted, lambda _: "")
+        name = kernel_name(key, cell, carry, inputs, weights, emit=True)
+        _try(cell, name, "", inputs, carry, weights, Settings(1))
     except CannotRewrite as refusal:
         return refusal.reason
     return ""
+
+
+def _try(
+    cell: CellGraph,
+    forward: str,
+    backward: str,
+    inputs: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    settings: Settings,
+) -> None:
+    """Run a cell for two steps, forward by a kernel and backward. Arguments as of one step; they may be fake.
+
+    Raises:
+        CannotRewrite: it does not work.
+    """
+    over_time = [x.detach().unsqueeze(0).expand(2, *x.shape) for x in inputs]
+    initial, shared = [x.detach() for x in carry], [x.detach() for x in weights]
+    states, emitted = forward_pass(cell, forward, over_time, initial, shared)
+    cotangents = [Cotangent(x[-1], x[:-1]) for x in states]
+    wanted = [True] * (len(inputs) + len(weights))
+    backward_pass(cell, over_time, states, shared, emitted, cotangents, settings, wanted, lambda _: backward)
 
 
 def why_no_kernels(
     key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> str:
-    """Why a cell cannot be run forward and exactly backward; empty if it can. Arguments as of one step."""
+    """Why there are no kernels for a cell; empty if there are. Arguments as of one step."""
     try:
-        understand(key, inputs, carry, weights)
+        return understand(key, inputs, carry, weights)[1]
     except CannotRewrite as refusal:
         return refusal.reason
-    return ""

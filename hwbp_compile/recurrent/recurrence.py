@@ -19,8 +19,9 @@ from torch import Tensor
 from .. import _compat
 from ..errors import CannotRewrite
 from .cell_graph import CellGraph, trace_cell
-from .cells import steps_for_any_batch
+from .cells import STEPS, steps_for_any_batch
 from .step_cpp import CppRecurrence
+from .step_loop import LoopRecurrence
 from .step_program import ROWS, StepProgram, backward_program, forward_program
 
 torch.library.define(
@@ -60,8 +61,8 @@ def recurrence(
     return result[:n], result[n:m], result[m:]
 
 
-@torch.library.impl("hwbp_compile::recurrence", "cpu")
-def _cpu(
+@torch.library.impl("hwbp_compile::recurrence", "default")
+def _run(
     initial: list[Tensor], inputs: list[Tensor], shared: list[Tensor], kernel: str, reverse: bool
 ) -> list[Tensor]:
     return _kernel(kernel)(initial, inputs, shared)
@@ -85,7 +86,7 @@ def kernel_name(
     backward: Sequence[bool] | None = None,
     wanted: Sequence[bool] = (),
 ) -> str:
-    """The name of a kernel of a cell, which is compiled if it was not before.
+    """The name of a kernel of a cell, which is compiled if it was not before; of a loop if there is none.
 
     Args:
         key: the cell's, in :data:`.cells.STEPS`.
@@ -99,10 +100,8 @@ def kernel_name(
         wanted: of the exact backward kernel, per input and weight whether its gradient is.
 
     Raises:
-        CannotRewrite: there is none for this device, or for what the step does.
+        CannotRewrite: there is neither.
     """
-    if any(x.device.type != "cpu" for x in (*carry, *inputs, *weights)):
-        raise CannotRewrite("there are kernels for CPUs only")
     batch = carry[0].shape[0] if carry[0].dim() else 0
 
     def shape(x: Tensor, rows: bool) -> list[Any]:
@@ -120,6 +119,7 @@ def kernel_name(
             "weights": [shape(x, False) for x in weights],
             "graph": cell.signature,
             "batch": batch if isinstance(batch, int) else None,
+            "device": str(carry[0].device),
             "shapes": _shapes(cell, batch) if isinstance(batch, int) else None,
         }
     )
@@ -142,48 +142,75 @@ def kernel_program(name: str) -> StepProgram:
     return _kernel(name).program
 
 
-def _kernel(name: str) -> CppRecurrence:
-    found = _made(name)
-    if isinstance(found, str):
-        raise CannotRewrite(found)
+def why_no_kernel(name: str) -> str:
+    """Why the steps run in a loop of torch's operators; empty if there is a kernel."""
+    return _made(name)[1]
+
+
+def _kernel(name: str) -> CppRecurrence | LoopRecurrence:
+    found, reason = _made(name)
+    if found is None:
+        raise CannotRewrite(reason)
     return found
 
 
 @functools.lru_cache(maxsize=256)
-def _made(name: str) -> CppRecurrence | str:
-    """The kernel, or why there is none."""
+def _made(name: str) -> tuple[CppRecurrence | LoopRecurrence | None, str]:
+    """What runs a program, and why it is no kernel or nothing."""
     given = json.loads(name)
-
-    def like(which: str, batch: int | None = None) -> list[Tensor]:
-        return [
-            torch.empty((), dtype=getattr(torch, dtype)).expand(
-                [ROWS if d == 0 and n == batch else n for d, n in enumerate(shape)]
-            )
-            for shape, dtype in given[which]
-        ]
-
-    carry, inputs, batch = like("carry"), like("inputs"), given["batch"]
-    reason = ""
     with _compat.outside_of_tracing(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        # What all steps share may have a dimension for the batch too, and a cell its size as a constant.
-        for weights, step in itertools.product(
-            (like("weights"), like("weights", batch)), steps_for_any_batch(given["cell"], batch)
-        ):
-            try:
-                cell = trace_cell(step, carry, inputs, weights)
-            except Exception as error:  # the step does not take the stand-in for the batch
-                reason = (
-                    reason or f"the step cannot be traced for a batch of any size ({type(error).__name__})"
-                )
-                continue
-            same = cell.signature == given["graph"]
-            if same and given["shapes"] in (None, _shapes(cell, batch)):
-                return _compiled(cell, given, carry[0].dtype)
-            reason = "the step does other things for other sizes of the batch"
+        kernel = _compiled(given)
+        if isinstance(kernel, CppRecurrence):
+            return kernel, ""
+        if given["batch"] is None:
+            return None, f"{kernel}, and the size of the batch is not fixed"
+        return _loop(given), kernel
+
+
+def _like(given: Any, which: str, batch: int | None = None, rows: int = ROWS) -> list[Tensor]:
+    """Tensors of the shapes that a name holds, with ``rows`` rows; sizes equal to ``batch`` count as such."""
+    return [
+        torch.empty((), dtype=getattr(torch, dtype), device=given["device"]).expand(
+            [rows if d == 0 and n in (batch, ROWS) else n for d, n in enumerate(shape)]
+        )
+        for shape, dtype in given[which]
+    ]
+
+
+def _loop(given: Any) -> LoopRecurrence:
+    carry, inputs = (_like(given, which, rows=given["batch"]) for which in ("carry", "inputs"))
+    # Weights hold no stand-in: one that is as long as it is so by itself.
+    weights = _like(given, "weights", rows=ROWS)
+    cell = trace_cell(STEPS[given["cell"]], carry, inputs, weights)
+    if given["backward"] is None:
+        return LoopRecurrence(forward_program(cell, emit=given["emit"], rows=False), reverse=False)
+    program = backward_program(cell, given["backward"], given["wanted"], rows=False)
+    return LoopRecurrence(program, reverse=True)
+
+
+def _compiled(given: Any) -> CppRecurrence | str:
+    """The kernel, or why there is none."""
+    if given["device"] != "cpu":
+        return "there are kernels for CPUs only"
+    carry, inputs, batch = _like(given, "carry"), _like(given, "inputs"), given["batch"]
+    reason = ""
+    # What all steps share may have a dimension for the batch too, and a cell its size as a constant.
+    for weights, step in itertools.product(
+        (_like(given, "weights"), _like(given, "weights", batch)), steps_for_any_batch(given["cell"], batch)
+    ):
+        try:
+            cell = trace_cell(step, carry, inputs, weights)
+        except Exception as error:  # the step does not take the stand-in for the batch
+            reason = reason or f"the step cannot be traced for a batch of any size ({type(error).__name__})"
+            continue
+        same = cell.signature == given["graph"]
+        if same and given["shapes"] in (None, _shapes(cell, batch)):
+            return _written(cell, given, carry[0].dtype)
+        reason = "the step does other things for other sizes of the batch"
     return reason
 
 
-def _compiled(cell: CellGraph, given: Any, dtype: torch.dtype) -> CppRecurrence | str:
+def _written(cell: CellGraph, given: Any, dtype: torch.dtype) -> CppRecurrence | str:
     backward = given["backward"]
     try:
         if backward is None:

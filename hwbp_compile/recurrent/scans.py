@@ -7,6 +7,7 @@ its state is computed for all steps at once. A scan that is not understood stays
 from __future__ import annotations
 
 import hashlib
+import logging
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from .cells import FOR_ANY_BATCH, STEPS, Step
 from .function import understand, why_not_parallel
 from .outputs import OUTPUTS, outputs_of
 from .step_program import ROWS
+
+log = logging.getLogger(__name__)
 
 _COPIES = {"clone", "detach", "contiguous", "alias"}
 
@@ -100,9 +103,11 @@ class Scan:
         self.cell = self._register([*carry, *over_time, *weights])
         with _compat.fake_mode_of([*carry, *over_time, *weights]):
             first = [x.select(0, 0) for x in over_time]
-            cell = understand(self.cell, first, carry, weights)
+            cell, reason = understand(self.cell, first, carry, weights)
+            if reason:
+                log.info("The steps of a scan run in a loop of torch's operators: %s", reason)
             self.residual = cell.split.kind
-            self.why_not_parallel = why_not_parallel(cell, first, carry, weights)
+            self.why_not_parallel = why_not_parallel(self.cell, cell, first, carry, weights)
             if self._computed:
                 states = [x.unsqueeze(0).expand(over_time[0].shape[0], *x.shape) for x in carry]
                 try:

@@ -63,6 +63,8 @@ class CppRecurrence:
         CannotRewrite: there is no kernel for this step, or no compiler.
     """
 
+    compiled = True
+
     def __init__(self, program: StepProgram, dtype: torch.dtype, *, reverse: bool) -> None:
         if dtype not in _TYPES:
             raise CannotRewrite(f"there is no kernel for {dtype}")

@@ -70,25 +70,32 @@ MOST_SUMMED = 1 << 16
 """Elements of all sums together: a thread has them in its second-level cache."""
 
 
-def forward_program(cell: CellGraph, *, emit: bool) -> StepProgram:
-    """The step from one state of a cell to the next. With ``emit``, the backward pass needs no more of it."""
+def forward_program(cell: CellGraph, *, emit: bool, rows: bool = True) -> StepProgram:
+    """The step from one state of a cell to the next. With ``emit``, the backward pass needs no more of it.
+
+    With ``rows`` the cell was traced with :data:`ROWS` rows, which are independent.
+    """
     block = cell.forward
     order = canonical_order(block)
     needed = [n for n in (*cell.block.exit, *cell.of_inputs, *cell.of_weights) if n is not None]
-    emitted = _anchors(_used_by(needed, set(order)), set(order)) if emit else []
+    emitted = _anchors(_used_by(needed, set(order)), set(order), rows) if emit else []
     before, read = _with_what_is_cheap(cell, externals_of(block), {*cell.inputs})
     return _program(cell, block.entry, [*before, *order], read, block.exit, emitted)
 
 
-def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bool]) -> StepProgram:
+def backward_program(
+    cell: CellGraph, added: Sequence[bool], wanted: Sequence[bool], *, rows: bool = True
+) -> StepProgram:
     """The step from one cotangent of a cell's state to the one before: exact backpropagation through time.
 
-    As many gradients as possible are computed on the way, so that no cotangent has to be kept.
+    If there are ``rows``, as many gradients as possible are computed on the way, so that no cotangent has to
+    be kept. Without, all of them are left for later, when a product is one for all steps.
 
     Args:
-        cell: traced with :data:`ROWS` rows.
+        cell: one step.
         added: per component of the state, whether a cotangent joins from outside; the last of the inputs.
         wanted: per input and weight, whether its gradient is.
+        rows: see :func:`forward_program`.
     """
     n = len(cell.inputs)
     dependent = cell.depending_on(cell.block.entry)
@@ -99,9 +106,12 @@ def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bo
     for i, (gradient, use) in enumerate(zip((*cell.of_inputs, *cell.of_weights), wanted, strict=True)):
         if not use or gradient is None:
             continue
+        if not rows:
+            rest.append(gradient)
+            continue
         terms = None if i < n else _summed(gradient, dependent)
         extra = sum(t.meta["val"].numel() for t in terms or () if t not in sums)
-        if i < n and gradient in dependent and _can_be_returned(gradient) and not _is_large(gradient):
+        if i < n and gradient in dependent and _can_be_returned(gradient, rows) and not _is_large(gradient):
             emitted.setdefault(gradient)
         elif terms is not None and size + extra <= MOST_SUMMED:
             size += extra
@@ -110,9 +120,12 @@ def backward_program(cell: CellGraph, added: Sequence[bool], wanted: Sequence[bo
             rest.append(gradient)
     roots = [*cell.block.exit, *emitted, *(o for s in sums for o in s.all_input_nodes)]
     order = _needed_for(roots, dependent)
-    emitted.update(dict.fromkeys(_anchors(_used_by(rest, set(order)), set(order))))
+    emitted.update(dict.fromkeys(_anchors(_used_by(rest, set(order)), set(order), rows)))
     outside = [o for node in (*order, *sums) for o in node.all_input_nodes if o not in dependent]
-    known = {cell.nodes[i] for i in forward_program(cell, emit=True).emitted} | {*cell.carry, *cell.inputs}
+    known = {cell.nodes[i] for i in forward_program(cell, emit=True, rows=rows).emitted} | {
+        *cell.carry,
+        *cell.inputs,
+    }
     before, read = _with_what_is_cheap(cell, list(dict.fromkeys(outside)), known)
     entry = cell.block.entry
     body = [*before, *(x for x in order if x not in entry)]
@@ -198,7 +211,7 @@ def _used_by(wanted: Sequence[Node], inside: set[Node]) -> list[Node]:
     return list(found)
 
 
-def _anchors(needed: Iterable[Node], inside: set[Node]) -> list[Node]:
+def _anchors(needed: Iterable[Node], inside: set[Node], rows: bool) -> list[Node]:
     """What has to be returned for ``needed`` to be computed from it without any effort."""
     found: dict[Node, None] = {}
     stack = list(needed)
@@ -208,7 +221,7 @@ def _anchors(needed: Iterable[Node], inside: set[Node]) -> list[Node]:
         if node in seen or node not in inside:
             continue
         seen.add(node)
-        if _is_cheap(node) or not _can_be_returned(node):
+        if _is_cheap(node) or not _can_be_returned(node, rows):
             stack.extend(node.all_input_nodes)
         else:
             found.setdefault(node)
@@ -227,11 +240,11 @@ def _is_part(node: Node) -> bool:
     return node.op == "call_function" and op_name(node) in _PARTS
 
 
-def _can_be_returned(node: Node) -> bool:
+def _can_be_returned(node: Node, rows: bool) -> bool:
     value = node.meta["val"]
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and value.shape[0] == ROWS
-    )
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+        return False
+    return value.shape[0] == ROWS or not rows
 
 
 def _program(
