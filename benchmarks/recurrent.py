@@ -31,11 +31,14 @@ SHAPES = [(2048, 4, 16, 64), (1024, 8, 3, 64), (256, 8, 64, 128), (1024, 128, 3,
 """(T, B, I, H)"""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "auto (k = 1)": {"iterations": 1},
+    "auto": {},
     "exact": {"iterations": "exact"},
-    **{f"k = {k}": {"iterations": k, "apply": "always"} for k in (0, 1, 2, 5, 10)},
+    **{f"k = {k}": {"iterations": k, "group_size": 1, "apply": "always"} for k in (0, 1, 2, 5, 10)},
     "groups of 8, k = 1": {"iterations": 1, "group_size": 8, "apply": "always"},
-    **{f"fixed point, k = {k}": {"iterations": k, "gamma": 1.0, "apply": "always"} for k in (1, 5, 10)},
+    **{
+        f"fixed point, k = {k}": {"iterations": k, "gamma": 1.0, "group_size": 1, "apply": "always"}
+        for k in (1, 5, 10)
+    },
 }
 
 

@@ -99,7 +99,7 @@ def highway_backward(iterations: int | str, codegen: str, **options: int) -> Bac
     name = "highway, exact" if iterations == "exact" else f"k = {iterations}"
     if "group_size" in options:
         name = f"groups of {options['group_size']}, {name}"
-    given = {"iterations": iterations, "codegen": codegen, "apply": "always", **options}
+    given = {"iterations": iterations, "group_size": 1, "codegen": codegen, "apply": "always", **options}
     return Backward(name, {"backend": "highway", "options": given})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from . import _compat
@@ -24,13 +24,15 @@ class Options:
     """
 
     iterations: int | Literal["exact"] = _option(
-        4, 'the paper\'s k: int >= 0, or "exact" for no approximation at all'
+        4, 'the paper\'s k: int >= 0 (over time 2 by default), or "exact" for no approximation'
     )
     gamma: float = _option(
         0.0, "share of the residual path counted as part of the block, in [0, 1]; 1 is fixed-point iteration"
     )
     group_size: int = _option(
-        1, "so many consecutive blocks count as one, swept exactly; the group next to the input may be short"
+        1,
+        "so many consecutive blocks count as one, swept exactly; the group next to the input may be short; "
+        "by default 8 over time",
     )
     exact_tail: int = _option(0, "so many blocks next to the input are swept exactly after the iteration")
     min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
@@ -42,6 +44,9 @@ class Options:
     codegen: Literal["inductor", "eager"] = _option(
         "inductor", '"inductor" generates code, "eager" runs the rewritten graph op by op, for debugging'
     )
+
+    given: frozenset[str] = frozenset()
+    """The names of those that the user gave; no option itself."""
 
     def __post_init__(self) -> None:
         if self.iterations != "exact":
@@ -61,7 +66,18 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """The options by name."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "given"}
+
+    def over_time(self) -> Options:
+        """The options for chains over time, whose defaults are others.
+
+        A sweep inside of groups takes no more arithmetic than one over single steps, and counts for several
+        iterations where a cell is stiff.
+        """
+        return replace(self, **{k: v for k, v in _OVER_TIME.items() if k not in self.given})
+
+
+_OVER_TIME: dict[str, Any] = {"iterations": 2, "group_size": 8}
 
 
 def _check_int(name: str, value: Any, low: int, alternative: str = "") -> None:
@@ -79,7 +95,7 @@ def list_options() -> dict[str, dict[str, Any]]:
 
     Any other option is taken for one of Inductor's; see ``torch._inductor.list_options()``.
     """
-    return {f.name: {"default": f.default, "doc": f.metadata["doc"]} for f in fields(Options)}
+    return {f.name: {"default": f.default, "doc": f.metadata["doc"]} for f in fields(Options) if f.metadata}
 
 
 def parse_options(
@@ -96,7 +112,7 @@ def parse_options(
         inductor = _compat.inductor_mode_options(mode)
     except ValueError as error:
         raise OptionError(str(error)) from None
-    ours = {f.name for f in fields(Options)}
+    ours = set(list_options())
     known: dict[str, Any] | None = None
     mine: dict[str, Any] = {}
     for name, value in (options or {}).items():
@@ -119,7 +135,7 @@ def parse_options(
                 f"Option {name} (of Inductor) must be of type {type(present).__name__}, but is {value!r}."
             )
         inductor[key] = value
-    return Options(**mine), inductor
+    return Options(**mine, given=frozenset(mine)), inductor
 
 
 def _same_type(value: Any, present: Any) -> bool:

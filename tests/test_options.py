@@ -29,7 +29,7 @@ from hwbp_compile.options import parse_options
         ({"group_size": 0}, "group_size must be an integer >= 1, but is 0."),
         ({"exact_tail": -1}, "exact_tail must be an integer >= 0"),
         ({"min_blocks": 0}, "min_blocks must be an integer >= 1"),
-        ({"apply": "sometimes"}, "apply must be one of 'always', 'never', but is 'sometimes'."),
+        ({"apply": "sometimes"}, "apply must be one of 'auto', 'always', 'never', but is 'sometimes'."),
         ({"codegen": "triton"}, "codegen must be one of 'inductor', 'eager'"),
         ({"max_autotune": 3}, "max_autotune (of Inductor) must be of type bool, but is 3."),
         ([("iterations", 3)], "options must be a dictionary"),
@@ -58,6 +58,21 @@ def test_defaults() -> None:
     assert ours == Options()
     assert inductor == {}
     assert (ours.iterations, ours.gamma, ours.group_size, ours.exact_tail) == (4, 0.0, 1, 0)
+
+
+def test_defaults_over_time() -> None:
+    """They hold for what is not given, each on its own."""
+
+    def over_time(**given: Any) -> tuple[Any, int]:
+        options = parse_options(given)[0].over_time()
+        return options.iterations, options.group_size
+
+    assert over_time() == (2, 8)
+    assert over_time(iterations=4) == (4, 8)
+    assert over_time(group_size=1) == (2, 1)
+    assert over_time(iterations="exact") == ("exact", 8)
+    assert "given" not in list_options()
+    assert "given" not in Options().to_dict()
 
 
 def test_list_options() -> None:

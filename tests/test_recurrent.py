@@ -220,10 +220,10 @@ def test_modules(kind: str, variant: str, given_carry: bool) -> None:
     inputs = (x, *carry) if given_carry else (x,)
     expected = gradients(model, model, *inputs)
     for iterations in (steps, "exact"):
-        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
         compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
         assert relative_error(gradients(model, compiled, *inputs), expected) <= TOLERANCE
-    options = {"iterations": 0, "apply": "always", "codegen": "eager"}
+    options = {"iterations": 0, "apply": "always", "group_size": 1, "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     error = relative_error(gradients(model, compiled, *inputs), expected)
     assert error > 1e-3 if kind != "rnn_tanh" else error <= TOLERANCE, "an nn.RNN is left exact"
@@ -247,7 +247,7 @@ def test_automatic_mixed_precision(kind: str, before: bool, iterations: int | st
         return y.float().square().sum()
 
     eager = run(x)
-    options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+    options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
     found = torch.compile(run, backend="highway", options=options, fullgraph=True)(x)
     assert found.dtype == eager.dtype
     module_in_single, _ = module(linear(x) if before else x)
@@ -263,7 +263,14 @@ def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> No
     """They are made of the same sums and products; were they rewritten too, the gradient would be another."""
     model = Model(layer("gru", 3, 5))
     x = torch.randn(40, 2, 3, dtype=torch.float64, requires_grad=True)
-    options = {"iterations": 1, "apply": "always", "codegen": "eager", "min_blocks": 2, **settings}
+    options = {
+        "iterations": 1,
+        "apply": "always",
+        "group_size": 1,
+        "codegen": "eager",
+        "min_blocks": 2,
+        **settings,
+    }
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     found = gradients(model, compiled, x)
     weights = list(model.parameters())
@@ -358,7 +365,7 @@ def test_where_there_are_no_kernels(kind: str, iterations: int, monkeypatch: pyt
 def test_unbatched_input() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    options = {"iterations": 7, "apply": "always", "codegen": "eager"}
+    options = {"iterations": 7, "apply": "always", "group_size": 1, "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     assert relative_error(gradients(model, compiled, x), gradients(model, model, x)) <= TOLERANCE
 
@@ -391,7 +398,9 @@ def test_packed_sequences_are_exact(kind: str) -> None:
     x, lengths = torch.randn(6, 3, 3, dtype=torch.float64), torch.tensor([6, 2, 4])
     expected = torch.autograd.grad(model(x, lengths), list(model.parameters()))
     compiled = torch.compile(
-        model, backend="highway", options={"iterations": 0, "apply": "always", "codegen": "eager"}
+        model,
+        backend="highway",
+        options={"iterations": 0, "apply": "always", "group_size": 1, "codegen": "eager"},
     )
     found = torch.autograd.grad(compiled(x, lengths), list(model.parameters()))
     assert relative_error(list(found), list(expected)) <= TOLERANCE
@@ -405,7 +414,9 @@ def test_inside_a_transform_of_torch_func() -> None:
         return torch.func.grad(lambda y: module(y)[0].square().sum())(x)
 
     compiled = torch.compile(
-        gradient, backend="highway", options={"iterations": 0, "apply": "always", "codegen": "eager"}
+        gradient,
+        backend="highway",
+        options={"iterations": 0, "apply": "always", "group_size": 1, "codegen": "eager"},
     )
     torch.testing.assert_close(compiled(x), gradient(x))
 
@@ -422,7 +433,7 @@ class M(nn.Module):
 m, x = M(), torch.randn(6, 2, 3)
 other = torch.compile(copy.deepcopy(m), backend="aot_eager")
 other(x)
-options = {"iterations": 0, "apply": "always", "codegen": "eager"}
+options = {"iterations": 0, "apply": "always", "group_size": 1, "codegen": "eager"}
 ours = torch.compile(m, backend="highway", options=options)
 for _ in range(2):
     for f in (ours, other):
@@ -444,7 +455,7 @@ def test_another_backend_that_came_first() -> None:
 def test_other_backends_are_as_before() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(6, 4, 3, dtype=torch.float64)
-    options = {"iterations": 2, "apply": "always", "codegen": "eager"}
+    options = {"iterations": 2, "apply": "always", "group_size": 1, "codegen": "eager"}
     torch.compile(model, backend="highway", options=options, fullgraph=True)(x)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(x)
@@ -469,7 +480,7 @@ def test_lengths_and_batches_that_change() -> None:
         loss = y.square().sum() + y[-1].sin().sum()
         return list(torch.autograd.grad(loss, [x, *model.parameters()]))
 
-    options = {"iterations": 2, "apply": "always", "codegen": "eager"}
+    options = {"iterations": 2, "apply": "always", "group_size": 1, "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
         run(steps, batch, compiled)
@@ -502,6 +513,9 @@ def test_inductor_in_single_precision(kind: str) -> None:
     x = torch.randn(20, 4, 3, requires_grad=True)
     expected = gradients(model, model, x)
     compiled = torch.compile(
-        model, backend="highway", options={"iterations": 20, "apply": "always"}, fullgraph=True
+        model,
+        backend="highway",
+        options={"iterations": 20, "apply": "always", "group_size": 1},
+        fullgraph=True,
     )
     assert relative_error(gradients(model, compiled, x), expected) <= 1e-4

@@ -96,7 +96,7 @@ def reference(model: Model, inputs: Sequence[Tensor], settings: Settings) -> lis
 
 def highway(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> list[Tensor]:
     torch._dynamo.reset()
-    options = {"codegen": "eager", "apply": "always", **options}
+    options = {"codegen": "eager", "apply": "always", "group_size": 1, **options}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
     return gradients(model, compiled, inputs)
 
@@ -141,7 +141,7 @@ def test_an_approximation_is_one(name: str) -> None:
     inputs = data(model.cell, 6, 3)
     expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
     assert relative_error(highway(model, inputs, iterations=0), expected) > 1e-3
-    (chain,) = explain(model, *inputs, options={"iterations": 2, "apply": "always"}).chains
+    (chain,) = explain(model, *inputs, options={"iterations": 2, "apply": "always", "group_size": 1}).chains
     assert chain.applied
     assert chain.over == "time"
     assert chain.blocks == 6
@@ -158,7 +158,7 @@ def test_weights_without_gradients() -> None:
     values = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(x.detach(), h.detach(), over_time=loop), values)
     for iterations in ("exact", 5):
-        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
         compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
         found = torch.autograd.grad(compiled(x.detach(), h.detach()), values)
         assert relative_error(list(found), list(expected)) <= TOLERANCE
@@ -190,7 +190,7 @@ def test_directions_dimensions_and_structures() -> None:
 
     expected = gradients(model, lambda x: run(x, loop), [x])
     for iterations in ("exact", 5):
-        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
         compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
         assert relative_error(gradients(model, compiled, [x]), expected) <= TOLERANCE
 
@@ -239,7 +239,7 @@ def test_outputs_that_are_written_to() -> None:
     inputs = data(model.cell, 5, 3)
     expected = gradients(model, lambda *a: run(*a, over_time=loop), inputs)
     for iterations in ("exact", 5):
-        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
         compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
         torch.testing.assert_close(compiled(*inputs), run(*inputs, over_time=loop))
         assert relative_error(gradients(model, compiled, inputs), expected) <= TOLERANCE
@@ -248,7 +248,7 @@ def test_outputs_that_are_written_to() -> None:
 def test_lengths_and_batches_that_change() -> None:
     model = Model(CELLS["layer norm gru"])
     graphs: list[int] = []
-    options = {"iterations": "exact", "apply": "always", "codegen": "eager"}
+    options = {"iterations": "exact", "apply": "always", "group_size": 1, "codegen": "eager"}
     for dynamic, most in ((None, 3), (True, 1)):
         torch._dynamo.reset()
         graphs.clear()
@@ -308,7 +308,7 @@ class Unusual:
 
     def gradients(self, over_time: Any = None, **options: Any) -> list[Tensor]:
         torch._dynamo.reset()
-        options = {"codegen": "eager", "apply": "always", **options}
+        options = {"codegen": "eager", "apply": "always", "group_size": 1, **options}
         compiled = torch.compile(self, backend="highway", options=options, fullgraph=True)
         loss = self(*self.inputs, over_time) if over_time else compiled(*self.inputs)
         return list(torch.autograd.grad(loss, [*self.inputs, self.w]))
@@ -316,14 +316,18 @@ class Unusual:
 
 def test_random_numbers_leave_it_exact() -> None:
     model = Unusual(_dropped)
-    (chain,) = explain(model, *model.inputs, options={"iterations": 1, "apply": "always"}).chains
+    (chain,) = explain(
+        model, *model.inputs, options={"iterations": 1, "apply": "always", "group_size": 1}
+    ).chains
     assert not chain.applied
     assert "random" in chain.reason
 
 
 def test_no_residual_path() -> None:
     model = Unusual(_no_residual)
-    (chain,) = explain(model, *model.inputs, options={"iterations": 1, "apply": "always"}).chains
+    (chain,) = explain(
+        model, *model.inputs, options={"iterations": 1, "apply": "always", "group_size": 1}
+    ).chains
     assert not chain.applied
     assert "no residual path" in chain.reason
     assert relative_error(model.gradients(iterations=1), model.gradients(loop)) <= TOLERANCE
@@ -338,7 +342,9 @@ def test_loops_where_there_are_no_kernels(function: Any, caplog: pytest.LogCaptu
         assert relative_error(model.gradients(iterations="exact"), expected) <= TOLERANCE
     assert "loop of torch's operators" in caplog.text
     assert relative_error(model.gradients(iterations=5), expected) <= TOLERANCE
-    (chain,) = explain(model, *model.inputs, options={"iterations": 1, "apply": "always"}).chains
+    (chain,) = explain(
+        model, *model.inputs, options={"iterations": 1, "apply": "always", "group_size": 1}
+    ).chains
     if chain.applied:
         assert relative_error(model.gradients(iterations=0), expected) > 1e-3
 
@@ -388,7 +394,7 @@ def test_large_matrices(inputs: int, hidden: int, batch: int) -> None:
     arguments = [(torch.randn(s).double() / s[-1]).requires_grad_() for s in shapes]
     expected = torch.autograd.grad(run(*arguments, over_time=loop), arguments)
     for iterations in ("exact", 3):
-        options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+        options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
         compiled = torch.compile(run, backend="highway", options=options, fullgraph=True)
         found = torch.autograd.grad(compiled(*arguments), arguments)
         assert relative_error(list(found), list(expected)) <= TOLERANCE

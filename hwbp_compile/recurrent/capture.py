@@ -124,6 +124,7 @@ def settle(gm: GraphModule, options: Options) -> list[Layer]:
     """Write the options in force into the recurrences of a graph that Dynamo made, and list these."""
     target = torch.ops.hwbp_compile.recurrent_layer.default
     layers: list[Layer] = []
+    options = options.over_time()
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue

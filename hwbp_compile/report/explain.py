@@ -98,7 +98,8 @@ def explain_capture(captured: Capture, options: Options, names: Names, notes: li
         if frame.failure:
             notes.append(f"a graph could not be traced: {frame.failure}")
             continue
-        chains.extend(_layer_report(layer, options, names, len(graphs)) for layer in frame.layers)
+        over_time = options.over_time()
+        chains.extend(_layer_report(layer, over_time, names, len(graphs)) for layer in frame.layers)
         if not frame.joints:
             notes.append(f"no gradient needed: {_why_no_gradient()}")
         for joint in frame.joints:
