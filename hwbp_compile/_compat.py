@@ -372,7 +372,7 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[...,
         ):
             with config.patch(allow_rnn=True):
                 return original(self, value)
-        if isinstance(value, torch.nn.RNNBase) and not marked(self.tx):
+        if isinstance(value, torch.nn.RNNBase) and not config.allow_rnn and not marked(self.tx):
             refused.add(self.tx.output.root_tx.f_code)
         return original(self, value)
 
@@ -405,6 +405,10 @@ def _try_frames_again(mark: str, refused: WeakSet[Any]) -> None:
 
     def call(self: Any, frame: Any, *args: Any, **kwargs: Any) -> Any:
         code = frame.f_code
+        if call.__code__ not in convert_frame.input_codes:  # the first time, or after torch._dynamo.reset()
+            convert_frame.input_codes.add(call.__code__)
+            refused.clear()
+            skipped.clear()
         ours = _has_mark(self._torchdynamo_orig_backend, mark)
         if code in skipped and not ours:
             return ConvertFrameReturn(apply_to_code=False, skip_reason="recurrent modules are refused")

@@ -452,6 +452,47 @@ def test_another_backend_that_came_first() -> None:
     assert done.stdout.split() == ["True", "True"]
 
 
+def test_dynamo_is_reset_with_all_that_it_gave_up() -> None:
+    graphs: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x)
+
+    for inner, expected in ((nn.GRU(3, 4), 0), (nn.Linear(3, 4), 1), (nn.GRU(3, 4), 1)):
+        torch._dynamo.reset()
+        torch.compile(Wrapped(inner), backend=backend)(torch.randn(3, 2, 3))
+        assert len(graphs) == expected
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("iterations", ["exact", 5])
+def test_results_that_are_written_to(kind: str, codegen: str, iterations: int | str) -> None:
+    """Nothing that the backward pass reads is in the user's hands."""
+    module = layer(kind, 3, 5)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def found(function: Any, in_place: bool) -> list[Tensor]:
+        y, last = function(x)
+        h = last if kind == "gru" else last[0]
+        # Not the last state where one is a view of several, which autograd refuses.
+        y = y.mul_(2) if in_place else y * 2
+        return list(torch.autograd.grad(y.sin().sum() + h.sum(), list(module.parameters())))
+
+    options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": codegen}
+    compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
+    assert relative_error(found(compiled, True), found(module, False)) <= TOLERANCE
+
+
 def test_other_backends_are_as_before() -> None:
     model = Model(layer("gru", 3, 5))
     x = torch.randn(6, 4, 3, dtype=torch.float64)

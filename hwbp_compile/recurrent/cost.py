@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _BUDGET = 5e8
 """Floating-point operations of one measurement."""
+_PATIENCE = 0.1
+"""Seconds after which a measurement is not repeated once more."""
 _GAIN = 0.9
 """An approximation has to take no more than this share of the time of the exact pass."""
 _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
@@ -123,6 +125,8 @@ def why_exact_is_faster(
     case, steps = case_of(key, inputs, carry, weights)
     if not case.trains:
         return ""
+    if any(0 in shape for shape, _ in case.carry):
+        return "nothing to iterate over: the batch is empty"
     try:
         with _compat.outside_of_tracing():
             exact = fastest_exact(case)
@@ -196,7 +200,11 @@ def _measure_kernels(case: Case) -> Exact | None:
         )
 
     with torch.no_grad():
-        return Exact("kernels", *_time(case, forward))
+        lines = _time(case, forward, longest=2048)
+    # Not compiled, it takes the more time apart from the steps. Compiled, it packs the weights.
+    size = sum(math.prod(shape) for shape, _ in case.weights) * case.dtype.itemsize
+    packing = 4 * size / _bandwidth(case.device, case.threads, size)
+    return Exact("kernels", *(Line(min(line.fixed, packing), line.per_step) for line in lines))
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,20 +220,23 @@ def _measure_library(case: Case) -> Exact | None:
         return lambda: torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
 
     with torch.enable_grad(), _compat.autograd_inside_an_operator():
-        return Exact("library", *_time(case, forward))
+        return Exact("library", *_time(case, forward, longest=256))
 
 
-def _time(case: Case, forward: Callable[[int], Callable[[], object]]) -> tuple[Line, Line]:
+def _time(case: Case, forward: Callable[[int], Callable[[], object]], longest: int) -> tuple[Line, Line]:
     """Of a forward pass over so many steps, and of the backward pass that it returns."""
     rows = case.carry[0][0][0] if case.carry[0][0] else 1
     flops = 6 * rows * sum(math.prod(shape) for shape, _ in case.weights)
-    longer = int(min(max(_BUDGET / max(flops, 1), 8), 256))
-    lengths = longer // 4, longer
+    longer = int(min(max(_BUDGET / max(flops, 1), 2), longest))
+    lengths = max(longer // 4, 1), longer
     seconds = []
     for steps in lengths:
         best = [math.inf, math.inf]
+        begun = _now(case.device)
         for _ in range(5):
             start = _now(case.device)
+            if start - begun > _PATIENCE:
+                break
             backward = forward(steps)
             middle = _now(case.device)
             backward()

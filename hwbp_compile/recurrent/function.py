@@ -22,6 +22,7 @@ from ..stage import TIME, stage
 from .backward import EXACT, Cotangent, Gradients, Settings, cell_backward, replay_of, run
 from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
+from .own import own
 from .recurrence import kernel_name, kernel_program, why_no_kernel
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Recurrence(torch.autograd.Function):
         ctx.cell, ctx.key, ctx.settings, ctx.counts = cell, key, settings, (*counts, len(weights))
         ctx.emitted = list(emitted)
         ctx.set_materialize_grads(False)
-        return (*states, *(x[-1].clone() for x in states))
+        return (*states, *(own(x[-1]) for x in states))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -22,6 +22,7 @@ from .cells import STEPS
 from .cost import kernels_are_faster
 from .function import recurrent_cell, why_no_kernels
 from .library import library_backward, library_inference, library_training, like_results
+from .own import own
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _recurrent_layer(
         reason = "its training pass takes less time here than our kernels"
     if not reason:
         states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
-        return [states[0][1:], *last]
+        return [own(states[0][1:]), *last]
     log.info("A recurrent layer is run by the library: %s", reason)
     if exact and trains:
         return library_training(x, carry, weights, kind)

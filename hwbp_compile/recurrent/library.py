@@ -1,9 +1,10 @@
 """A layer that is left exact, as the library trains it: its forward and its backward pass, each run once.
 
-A library's backward pass needs more of its forward than the outputs: a workspace whose size only the library
-knows, or a graph of many small operators. Compiled code hands nothing but tensors of known shapes from one
-pass to the other. So the forward returns an empty tensor besides, as whose attribute all that is needed lives
-as long as the tensor does. Where it gets lost (hooks that copy saved tensors), the forward runs once more.
+A library's backward pass needs more of its forward than the outputs: a workspace whose size only the
+library knows, or a graph of many small operators. Compiled code hands nothing but tensors of known shapes
+from one pass to the other. So the forward returns an empty tensor besides, and all that is needed lives as an
+attribute of its storage, as long as that does. Where it gets lost (hooks that copy saved tensors), the
+forward runs once more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ torch.library.define(
 )
 torch.library.define(
     "hwbp_compile::library_backward",
-    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor[] outputs, Tensor?[] grads) -> Tensor[]",
+    "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, Tensor[] kept, Tensor?[] grads) -> Tensor[]",
     tags=_compat.TAGS_OF_PYTHON_STATE,
 )
 
@@ -43,7 +44,8 @@ def library_training(
     x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str
 ) -> list[Tensor]:
     """The same, differentiable by the library."""
-    found: list[Tensor] = torch.ops.hwbp_compile.library_training.default(x, list(carry), list(weights), kind)
+    operator = torch.ops.hwbp_compile.library_training.default
+    found: list[Tensor] = operator(x, list(carry), list(weights), kind)
     return found[:-1]
 
 
@@ -53,16 +55,17 @@ def library_backward(
     weights: Sequence[Tensor],
     kind: str,
     grads: Sequence[Tensor | None],
-    outputs: Sequence[Tensor] = (),
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of the input, the initial carry and the weights, by the library.
 
     Args:
         grads: of what the layer returned, None for zero.
-        outputs: all that the operator ``library_training`` returned; without, the forward runs once more.
+        kept: what the library needs of what the operator ``library_training`` returned, its very last result
+            at the end; without, the forward runs once more.
     """
     of_x, *others = torch.ops.hwbp_compile.library_backward.default(
-        x, list(carry), list(weights), kind, list(outputs), list(grads)
+        x, list(carry), list(weights), kind, list(kept), list(grads)
     )
     return of_x, others[: len(carry)], others[len(carry) :]
 
@@ -98,9 +101,11 @@ def _run(
 def _training(x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str) -> list[Tensor]:
     run = _run(x, carry, weights, kind)
     handle = x.new_empty(0)
-    setattr(handle, _RUN, run)
+    setattr(handle.untyped_storage(), _RUN, run)
     y, *last = (t.detach() for t in run[1])
-    return [y.contiguous(), *(t.clone() for t in last), handle]
+    # An LSTM's outputs are among what the library saves: eager torch too refuses to have them changed.
+    y = y.contiguous() if kind == "lstm" else y.clone(memory_format=torch.contiguous_format)
+    return [y, *(t.clone() for t in last), handle]
 
 
 @torch.library.register_fake("hwbp_compile::library_training")
@@ -114,11 +119,11 @@ def _backward(
     carry: list[Tensor],
     weights: list[Tensor],
     kind: str,
-    outputs: list[Tensor],
+    kept: list[Tensor],
     grads: list[Tensor | None],
 ) -> list[Tensor]:
-    kept = getattr(outputs[-1], _RUN, None) if outputs else None
-    leaves, results = kept or _run(x, carry, weights, kind)
+    done = getattr(kept[-1].untyped_storage(), _RUN, None) if kept else None
+    leaves, results = done or _run(x, carry, weights, kind)
     pairs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None]
     # What was kept belongs to the tensor in which it is: a second backward pass may follow.
     found = torch.autograd.grad(
@@ -126,7 +131,7 @@ def _backward(
         leaves,
         [g for _, g in pairs],
         allow_unused=True,
-        retain_graph=kept is not None,
+        retain_graph=done is not None,
     )
     own: list[Tensor] = []
     given = {g.untyped_storage().data_ptr() for _, g in pairs}
@@ -148,15 +153,15 @@ def _backward_fake(x: Tensor, carry: list[Tensor], weights: list[Tensor], *_: An
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, carry, weights, kind = inputs
-    # The outputs are among what the library needs: they must not be written to in between.
-    ctx.save_for_backward(x, *carry, *weights, *output)
-    ctx.carries, ctx.kind, ctx.outputs = len(carry), kind, len(output)
+    kept = (output[0], output[-1]) if kind == "lstm" else (output[-1],)
+    ctx.save_for_backward(x, *carry, *weights, *kept)
+    ctx.carries, ctx.kind, ctx.kept = len(carry), kind, len(kept)
 
 
 def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    tensors, n, m = ctx.saved_tensors, 1 + ctx.carries, ctx.outputs
-    x, carry, weights, outputs = tensors[0], tensors[1:n], tensors[n:-m], tensors[-m:]
-    return *library_backward(x, carry, weights, ctx.kind, grads[:-1], outputs), None
+    tensors, n, m = ctx.saved_tensors, 1 + ctx.carries, ctx.kept
+    x, carry, weights, kept = tensors[0], tensors[1:n], tensors[n:-m], tensors[-m:]
+    return *library_backward(x, carry, weights, ctx.kind, grads[:-1], kept), None
 
 
 torch.library.register_autograd("hwbp_compile::library_training", _gradients, setup_context=_setup)

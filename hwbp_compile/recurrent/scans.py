@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _compat
 from ..errors import CannotRewrite
+from . import own as _own  # noqa: F401 - defines the operator
 from .backward import Settings
 from .cells import FOR_ANY_BATCH, STEPS, Step
 from .function import understand, why_not_parallel
@@ -171,7 +172,7 @@ class Scan:
                 computed = [_item(graph, several, i) for i in range(len(self._computed))]
             taken = {"before": before, "after": after, "computed": computed}
             # The scan returned tensors of their own: what is written to one must not show in another.
-            outputs = [graph.call_method("clone", (taken[kind][i],)) for kind, i in self._outputs]
+            outputs = [graph.call_function(ops.own.default, (taken[kind][i],)) for kind, i in self._outputs]
             results = [*states[n:], *outputs]
         new.meta.update(node.meta)
         for user in list(node.users):

@@ -7,13 +7,17 @@ tile the rows are combined as a tree, since maps ``u -> a u + v`` compose to suc
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .rows import coefficients_of, rows_of
+
+log = logging.getLogger(__name__)
 
 _TILE = 64
 """Rows of a tile."""
@@ -23,16 +27,20 @@ _COLUMNS = 16
 
 @functools.cache
 def kernel() -> Callable[..., Any] | None:
-    """The kernel; None without Triton."""
+    """The kernel; None without Triton, with a warning if it is there and broken."""
     try:
         import triton
         import triton.language as tl
     except ImportError:
         return None
+    except Exception as error:
+        log.warning("A slow loop takes the place of the linear scan's kernel, as Triton fails: %r", error)
+        return None
 
     @triton.jit
     def compose(a_1, v_1, a_2, v_2):  # type: ignore[no-untyped-def]
-        return a_1 * a_2, a_2 * v_1 + v_2
+        # Nothing stays nothing, however large the coefficients' product has become.
+        return a_1 * a_2, tl.where(v_1 == 0, v_2, a_2 * v_1 + v_2)
 
     @triton.jit
     def walk(  # type: ignore[no-untyped-def]
@@ -60,7 +68,7 @@ def kernel() -> Callable[..., Any] | None:
             else:
                 factors = tl.load(a + t[:, None] * a_step + c[None, :], here, 1).to(WIDE)
             product, total = tl.associative_scan((factors, terms), 0, compose)
-            found = product * carry[None, :] + total
+            found = tl.where(carry[None, :] == 0, total, product * carry[None, :] + total)
             tl.store(u + t[:, None] * columns + c[None, :], found.to(u.dtype.element_ty), here)
             last = (tl.arange(0, TILE) == TILE - 1)[:, None]
             carry = tl.sum(tl.where(last, found, tl.zeros_like(found)), 0)
@@ -76,10 +84,12 @@ def kernel() -> Callable[..., Any] | None:
         factors, factor_step, uniform = coefficients_of(a, v, columns)
         start = out if initial is None else initial.contiguous()
         grid = (triton.cdiv(columns, _COLUMNS),)
-        walk[grid](
-            terms, factors, start, out, rows, columns, step, factor_step,
-            uniform, initial is not None, reverse, wide.get(v.dtype, tl.float32), _TILE, _COLUMNS,
-        )  # fmt: skip
+        # Triton launches on the current device, whatever the tensors'.
+        with torch.cuda.device(v.device) if v.is_cuda else nullcontext():
+            walk[grid](
+                terms, factors, start, out, rows, columns, step, factor_step,
+                uniform, initial is not None, reverse, wide.get(v.dtype, tl.float32), _TILE, _COLUMNS,
+            )  # fmt: skip
         return out
 
     return run
