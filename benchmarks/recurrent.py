@@ -127,23 +127,29 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
     parser.add_argument("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
     parser.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
     torch._dynamo.config.recompile_limit = 50  # one compiled version of the module per setting
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     where = (
         torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} of them used"
     )
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {where}, torch {torch.__version__}")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {where}, {arguments.precision}"
+    print(f"{machine}, torch {torch.__version__}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
         torch.manual_seed(0)
         torch._dynamo.reset()
         module = (nn.GRU if arguments.kind == "gru" else nn.LSTM)(inputs, hidden)
-        module.to(arguments.device)
-        x = torch.randn(steps_, batch, inputs, device=arguments.device)
-        direction = torch.randn(steps_, batch, hidden, device=arguments.device)
+        module.to(arguments.device, dtype)
+        x = torch.randn(steps_, batch, inputs, device=arguments.device, dtype=dtype)
+        direction = torch.randn(steps_, batch, hidden, device=arguments.device, dtype=dtype)
         steps = {"torch, eager": Step(module, module, x, direction)}
         for name, options in SETTINGS.items():
             compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
@@ -158,7 +164,7 @@ def main() -> None:
         for name, step in steps.items():
             found = step()
             cosines[name] = min(
-                float(F.cosine_similarity(f.flatten(), e.flatten(), 0))
+                float(F.cosine_similarity(f.double().flatten(), e.double().flatten(), 0))
                 for f, e in zip(found, exact, strict=True)
             )
         megabytes = {name: memory_of(step) for name, step in steps.items()}

@@ -277,8 +277,10 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
         + _bytes(case, steps * (read + 6 * state)) / bandwidth
         + operators * swept * _operator_seconds(case.device, case.threads)
     )
+    # Without kernels, the gates are computed again from the library's outputs.
+    again = [] if _measure_kernels(case) else [n for n in cell.nodes if n not in set(gradients)]
     last = (
-        product([n for n in gradients if n not in block], steps=steps)
+        product([*again, *(n for n in gradients if n not in block)], steps=steps)
         + product(cell.block.nodes, steps=steps)
         + _bytes(case, steps * (2 * read + 2 * state)) / bandwidth
         + 3 * operators * _operator_seconds(case.device, case.threads)
