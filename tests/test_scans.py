@@ -359,7 +359,7 @@ def test_half_precision_runs_in_loops() -> None:
         assert relative_error(*floats) <= 0.05
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", ["layer norm lstm", "block gru"])
 def test_loops_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What loops and kernels compute is the same, exactly and at a small k."""
     model = Model(CELLS[name])
