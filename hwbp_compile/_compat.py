@@ -411,7 +411,7 @@ def _try_frames_again(mark: str, refused: WeakSet[Any]) -> None:
             skipped.clear()
         ours = _has_mark(self._torchdynamo_orig_backend, mark)
         if code in skipped and not ours:
-            return ConvertFrameReturn(apply_to_code=False, skip_reason="recurrent modules are refused")
+            return ConvertFrameReturn(apply_to_code=False)
         found = original(self, frame, *args, **kwargs)
         if code in refused and not ours and found.guarded_code is None and found.apply_to_code:
             skipped.add(code)

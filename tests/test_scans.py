@@ -43,8 +43,10 @@ class Model(nn.Module):
         self.readout = nn.Parameter(torch.randn(2, cell.hidden, dtype=torch.float64))
 
     def forward(self, x: Tensor, *carry: Tensor, over_time: Any = scan) -> Tensor:
+        weights = list(self.weights)
+
         def step(state: State, x: Tensor) -> tuple[State, Tensor]:
-            state = self.cell.function(lambda y: y, state, x, *self.weights)
+            state = self.cell.function(lambda y: y, state, x, *weights)
             return state, state[0] @ self.readout.t()
 
         last, y = over_time(step, tuple(carry), x)
@@ -213,6 +215,9 @@ def test_no_wrong_gradient_by_inductor(apply: str, caplog: pytest.LogCaptureFixt
 
     weights = list(gru.parameters())
     expected = torch.autograd.grad(gru(x)[0].sin().sum(), weights)
+    by_torch = torch.autograd.grad(torch.compile(run, backend="aot_eager")(x), weights)
+    if apply == "never" and relative_error(list(by_torch), list(expected)) > TOLERANCE:
+        pytest.skip("in this version of torch its own scan is wrong, whatever compiles it")
     options = {"apply": apply, "iterations": 6}
     with caplog.at_level(logging.WARNING, "hwbp_compile"):
         found = torch.autograd.grad(torch.compile(run, backend="highway", options=options)(x), weights)
@@ -225,8 +230,10 @@ def test_outputs_that_are_written_to() -> None:
     model = Model(CELLS["layer norm gru"])
 
     def run(x: Tensor, h: Tensor, over_time: Any = scan) -> Tensor:
+        weights = list(model.weights)
+
         def step(h: Tensor, x: Tensor) -> Any:
-            (after,) = model.cell.function(lambda y: y, (h,), x, *model.weights)
+            (after,) = model.cell.function(lambda y: y, (h,), x, *weights)
             return after, torch.stack([h, after]) if over_time is loop else (h.clone(), after.clone())
 
         last, y = over_time(step, h, x)
