@@ -182,8 +182,7 @@ def _too_slow(
 def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
     reason, residual = _unwanted(options), ""
     init, inputs = node.args[1], node.args[2]
-    values = tuple(n.meta["example_value"] for n in init)  # type: ignore[union-attr]
-    steps = inputs[0].meta["example_value"].shape[0]  # type: ignore[index, union-attr]
+    values, steps = tuple(_values(init)), _values(inputs)[0].shape[0]
     if options.apply != "never":
         try:
             scan = Scan(module, node)

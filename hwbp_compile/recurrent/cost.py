@@ -23,7 +23,7 @@ from ..errors import CannotRewrite
 from ..passes.linear_ops import op_name
 from ..passes.program import externals_of
 from .backward import EXACT, Cotangent, Settings
-from .cell_graph import CellGraph, trace_cell
+from .cell_graph import trace_cell
 from .cells import STEPS
 from .function import backward_pass, forward_pass, understand
 from .library import call_library
@@ -264,10 +264,10 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
     """
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
     cell = trace_cell(STEPS[case.key], carry, inputs, weights)
-    block, gradients = set(cell.block.nodes), _gradient_nodes(cell)
+    block, gradients = set(cell.block.nodes), cell.depending_on(cell.block.entry)
     swept = max(1, min(settings.group_size, steps))
     iterations = min(settings.iterations, math.ceil(steps / swept))
-    product = functools.partial(_products_seconds, cell=cell, case=case)
+    product = functools.partial(_products_seconds, case=case)
     state = sum(x.numel() for x in carry)
     read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
     bandwidth = _bandwidth(case.device, case.threads, _bytes(case, steps * state))
@@ -278,20 +278,15 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
         + operators * swept * _operator_seconds(case.device, case.threads)
     )
     # Without kernels, the gates are computed again from the library's outputs.
-    again = [] if _measure_kernels(case) else [n for n in cell.nodes if n not in set(gradients)]
+    again = _measure_kernels(case) is None
+    besides = [n for n in cell.nodes if n not in block and (again or n in gradients)]
     last = (
-        product([*again, *(n for n in gradients if n not in block)], steps=steps)
+        product(besides, steps=steps)
         + product(cell.block.nodes, steps=steps)
         + _bytes(case, steps * (2 * read + 2 * state)) / bandwidth
         + 3 * operators * _operator_seconds(case.device, case.threads)
     )
     return iterations * one + last
-
-
-def _gradient_nodes(cell: CellGraph) -> list[Node]:
-    """What depends on a cotangent."""
-    reached = cell.depending_on(cell.block.entry)
-    return [n for n in cell.nodes if n in reached]
 
 
 def _numel(node: Node) -> int:
@@ -303,7 +298,7 @@ def _bytes(case: Case, elements: int) -> int:
     return elements * case.dtype.itemsize
 
 
-def _products_seconds(nodes: Sequence[Node], cell: CellGraph, case: Case, steps: int) -> float:
+def _products_seconds(nodes: Sequence[Node], case: Case, steps: int) -> float:
     """Of all products among the nodes, each for all steps at once."""
     total = 0.0
     for node in nodes:

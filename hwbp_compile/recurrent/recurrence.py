@@ -180,7 +180,7 @@ def _like(given: Any, which: str, batch: int | None = None, rows: int = ROWS) ->
 def _loop(given: Any) -> LoopRecurrence:
     carry, inputs = (_like(given, which, rows=given["batch"]) for which in ("carry", "inputs"))
     # Weights hold no stand-in: one that is as long as it is so by itself.
-    weights = _like(given, "weights", rows=ROWS)
+    weights = _like(given, "weights")
     cell = trace_cell(STEPS[given["cell"]], carry, inputs, weights)
     if given["backward"] is None:
         return LoopRecurrence(forward_program(cell, emit=given["emit"], rows=False), reverse=False)

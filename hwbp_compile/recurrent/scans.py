@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from .. import _compat
 from ..errors import CannotRewrite
-from . import own as _own  # noqa: F401 - defines the operator
 from .backward import Settings
 from .cells import FOR_ANY_BATCH, STEPS, Step
 from .function import understand, why_not_parallel

@@ -5,7 +5,6 @@ Rows of the batch are independent, so threads share them and never wait for one 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from .step_cpp_library import LIBRARY, PADDING
 from .step_layout import Value, placed_rows, row_size
 from .step_program import ROWS, StepProgram
 from .step_source import StepSource
-
-log = logging.getLogger(__name__)
 
 _LARGE = 1 << 16
 """Elements of all weights from which on they are read from memory rather for many rows than for few."""
@@ -62,8 +59,6 @@ class CppRecurrence:
     Raises:
         CannotRewrite: there is no kernel for this step, or no compiler.
     """
-
-    compiled = True
 
     def __init__(self, program: StepProgram, dtype: torch.dtype, *, reverse: bool) -> None:
         if dtype not in _TYPES:

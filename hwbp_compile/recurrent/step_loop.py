@@ -17,8 +17,6 @@ from .step_program import StepProgram
 class LoopRecurrence:
     """Runs a program without sums; the size of the batch is that of the trace."""
 
-    compiled = False
-
     def __init__(self, program: StepProgram, *, reverse: bool) -> None:
         self.program = program
         self._reverse = reverse
