@@ -9,15 +9,9 @@ initialised.
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-from typing import Any
-
 import torch
-import torch._dynamo
-import torch.nn.functional as F
-from recurrent import SETTINGS, measure
+from measuring import Step, measure, parser, set_up, smallest_cosine
+from recurrent import SETTINGS
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
@@ -54,56 +48,31 @@ class LayerNormGRU(nn.Module):
         return torch.stack(states)
 
 
-class Step:
-    """Forward and backward; the gradients stay on the parameters."""
-
-    def __init__(self, module: nn.Module, forward: Any, x: Tensor, direction: Tensor, **config: bool) -> None:
-        self.module, self.forward, self.x, self.direction, self.config = module, forward, x, direction, config
-
-    def __call__(self) -> list[Tensor]:
-        """The gradients; all work is done when they are returned."""
-        for p in self.module.parameters():
-            p.grad = None
-        with torch._dynamo.config.patch(**self.config):
-            (self.forward(self.x) * self.direction).sum().backward()
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        return [p.grad.clone() for p in self.module.parameters() if p.grad is not None]
-
-
 def main() -> None:
     """Print one table."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), default=(1024, 8, 16, 64))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    made = parser(__doc__)
+    made.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), default=(1024, 8, 16, 64))
+    arguments = made.parse_args()
+    set_up(arguments)
     torch.manual_seed(0)
+    # Inductor compiles a scan only with this setting; without it while running, it would compile it again.
+    torch._dynamo.config.capture_scalar_outputs = True
     length, batch, inputs, hidden = arguments.shape
     module = LayerNormGRU(inputs, hidden).to(arguments.device)
     x = torch.randn(length, batch, inputs, device=arguments.device)
     direction = torch.randn(length, batch, hidden, device=arguments.device)
-    # Inductor compiles a scan only with this setting; with it, it must stay, or the scan is compiled again.
-    inductor = torch.compile(module, backend="inductor")
     steps = {
         "loop, eager": Step(module, module.loop, x, direction),
-        "scan, Inductor": Step(module, inductor, x, direction, capture_scalar_outputs=True),
+        "scan, Inductor": Step(module, torch.compile(module, backend="inductor"), x, direction),
     }
     for name, options in SETTINGS.items():
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
-    exact = steps["loop, eager"]()
-    cosines = {}
-    for name, step in steps.items():
+    exact = [g.clone() for g in steps["loop, eager"]()]
+    for step in steps.values():
         step()
-        pairs = zip(step(), exact, strict=True)
-        cosines[name] = min(float(F.cosine_similarity(f.flatten(), e.flatten(), 0)) for f, e in pairs)
+    cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
     times = measure(steps, arguments.repeats)
-    where = torch.cuda.get_device_name() if x.is_cuda else f"{arguments.threads} of them used"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {where}, torch {torch.__version__}")
     print(f"LayerNorm-GRU, T = {length}, B = {batch}, I = {inputs}, H = {hidden}")
     for name, ms in times.items():
         against = [f"{times[peer] / ms:6.2f}x" for peer in ("loop, eager", "scan, Inductor")]

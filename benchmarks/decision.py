@@ -8,13 +8,10 @@ verdict is right if it names the faster of the two, or one that is at most 3 % s
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 from typing import Any
 
 import torch
-from recurrent import Step, measure
+from measuring import Step, measure, parser, set_up
 from torch import nn
 
 import hwbp_compile
@@ -51,19 +48,10 @@ GRID = [
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument(
-        "--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} used, torch {torch.__version__}"
-    )
+    made = parser(__doc__)
+    made.add_argument("--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid")
+    arguments = made.parse_args()
+    set_up(arguments)
     right, slowest, rows = 0, float("inf"), GRID[slice(*arguments.rows)]
     for kind, steps_, batch, inputs, hidden, k, group in rows:
         torch.manual_seed(0)

@@ -10,20 +10,12 @@ Python, and torch's scan under Inductor.
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import gc
-import math
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import Step, measure, memory_of, parser, set_up, smallest_cosine
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
@@ -40,22 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for k in (1, 5, 10)
     },
 }
-
-
-class Step:
-    """Forward and backward of a module; the gradients stay on the parameters."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], x: Tensor, direction: Tensor) -> None:
-        self.module, self.forward, self.x, self.direction = module, forward, x, direction
-
-    def __call__(self) -> list[Tensor]:
-        """The gradients; all work is done when they are returned."""
-        for p in self.module.parameters():
-            p.grad = None
-        (self.forward(self.x)[0] * self.direction).sum().backward()
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
-        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
 
 class Loop(nn.Module):
@@ -86,63 +62,20 @@ def in_python(step: Callable[..., Any], h: Tensor, inputs: Tensor) -> tuple[Tens
     return h, torch.stack(states)
 
 
-def memory_of(step: Callable[[], object]) -> float:
-    """By how many megabytes a step raises the memory in use at most; nan where that cannot be told."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    try:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        step()
-        return (_status("VmHWM") - before) / 1e3
-    except OSError:
-        return math.nan
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def measure(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, one after the other in turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) * 1e3 for name, each in times.items()}
-
-
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--kind", choices=["gru", "lstm"], default="gru")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
-    parser.add_argument("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    add = (made := parser(__doc__, repeats=15)).add_argument
+    add("--kind", choices=["gru", "lstm"], default="gru")
+    add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
+    add("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
+    add("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
+    arguments = made.parse_args()
+    set_up(arguments)
     if arguments.precision == "tf32":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
-    torch._dynamo.config.recompile_limit = 50  # one compiled version of the module per setting
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
-    where = (
-        torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} of them used"
-    )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {where}, {arguments.precision}"
-    print(f"{machine}, torch {torch.__version__}")
+    print(f"{arguments.kind}, {arguments.precision}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -160,13 +93,7 @@ def main() -> None:
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
         exact = [g.clone() for g in steps["torch, eager"]()]
-        cosines = {}
-        for name, step in steps.items():
-            found = step()
-            cosines[name] = min(
-                float(F.cosine_similarity(f.double().flatten(), e.double().flatten(), 0))
-                for f, e in zip(found, exact, strict=True)
-            )
+        cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
         megabytes = {name: memory_of(step) for name, step in steps.items()}
         times = measure(steps, arguments.repeats)
         print(f"\n{arguments.kind}, T = {steps_}, B = {batch}, I = {inputs}, H = {hidden}")

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -74,20 +75,34 @@ class Replay(ABC, Generic[Key]):
         if not self.is_leaf(key):
             name = op_name(self.node(key))
             operands = self.operands(key)
+            if _transposes(self.node(key)) and (found := self._product(operands[0], turned=True)) is not None:
+                return found
             if name in COMMUTE and not self.is_leaf(operands[0]):
                 return self._call(key, [self.total(operands[0]), *map(self.value, operands[1:])])
             if name == "aten::add" and len(operands) == 2 and not self.node(key).kwargs:
                 return self._call(key, [self.total(o) for o in operands])
-            if name == "aten::mm":
-                a, b = map(self.value, operands)
-                if isinstance(a, Stacked) and isinstance(b, Stacked):
-                    left, right = a.value.permute(1, 0, 2).flatten(1, 2), b.value.flatten(0, 1)
-                    if self.node(key).meta["val"].shape[1] < self.node(key).meta["val"].shape[0]:
-                        # Libraries are several times slower at few columns than at few rows.
-                        return torch.ops.aten.mm.default(right.t(), left.t()).t()
-                    return torch.ops.aten.mm.default(left, right)
+            if (found := self._product(key)) is not None:
+                return found
         value = self.value(key)
         return value.value.sum(0) if isinstance(value, Stacked) else value * self.members(key)
+
+    def _product(self, key: Key, turned: bool = False) -> Tensor | None:
+        """The sum over the blocks of a matrix product, or its transpose: one product, contiguous if large."""
+        if self.is_leaf(key) or key in self._totals:
+            return None
+        node = self.node(key)
+        if op_name(node) != "aten::mm":
+            return None
+        a, b = map(self.value, self.operands(key))
+        if not (isinstance(a, Stacked) and isinstance(b, Stacked)):
+            return None
+        left, right = a.value.permute(1, 0, 2).flatten(1, 2), b.value.flatten(0, 1)
+        rows, columns = node.meta["val"].shape
+        # Libraries are several times slower at few columns than at few rows.
+        other = columns < rows if min(rows, columns) < _FEW else turned
+        mm = torch.ops.aten.mm.default
+        found = mm(right.t(), left.t()) if other else mm(left, right)
+        return found if other == turned else found.t()
 
     def _evaluate(self, key: Key) -> Any:
         if self.is_leaf(key):
@@ -106,6 +121,17 @@ class Replay(ABC, Generic[Key]):
         return batched_call(node.target, args, kwargs, self.members(key), node)
 
 
+def _transposes(node: Node) -> bool:
+    """Whether it is the transpose of a matrix."""
+    name, value = op_name(node), node.meta["val"]
+    if value.dim() != 2 or name not in ("aten::t", "aten::transpose", "aten::permute"):
+        return False
+    dims: Any = node.args[1] if name == "aten::permute" else node.args[1:] or (1, 0)
+    first, second = (d % 2 for d in dims)
+    return first != second and (name != "aten::permute" or first == 1)
+
+
+_FEW = 32
 COMMUTE = {
     f"aten::{n}" for n in ("view", "_unsafe_view", "reshape", "permute", "t", "transpose", "clone", "alias")
 }

@@ -69,6 +69,14 @@ class CellGraph:
                 reached.add(node)
         return frozenset(reached)
 
+    def needed_for(self, results: Sequence[Node]) -> frozenset[Node]:
+        """These nodes and all that they are computed from."""
+        needed = set(results)
+        for node in reversed(self.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        return frozenset(needed)
+
 
 def trace_cell(
     step: Step, carry: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]

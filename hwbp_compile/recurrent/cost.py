@@ -35,7 +35,7 @@ _BUDGET = 5e8
 """Floating-point operations of one measurement."""
 _PATIENCE = 0.1
 """Seconds after which a measurement is not repeated once more."""
-_GAIN = 0.9
+_GAIN = 0.95
 """An approximation has to take no more than this share of the time of the exact pass."""
 _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
@@ -81,6 +81,11 @@ class Case:
         """Whether any gradient is wanted."""
         return any(wanted for group in (self.inputs, self.carry, self.weights) for _, wanted in group)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute, such as no sample."""
+        return any(0 in shape for shape, _ in self.carry)
+
     def like(self, group: Sequence[tuple[tuple[int, ...], bool]], *more: int) -> list[Tensor]:
         """Small numbers, so that nothing overflows and nothing is denormal."""
         made = []
@@ -125,7 +130,7 @@ def why_exact_is_faster(
     case, steps = case_of(key, inputs, carry, weights)
     if not case.trains:
         return ""
-    if any(0 in shape for shape, _ in case.carry):
+    if case.empty:
         return "nothing to iterate over: the batch is empty"
     try:
         with _compat.outside_of_tracing():
@@ -152,6 +157,8 @@ def kernels_are_faster(
 ) -> bool:
     """Whether exact training by our kernels, which exist, takes no longer than by the library."""
     case, _ = case_of(key, inputs, carry, weights)
+    if case.empty:
+        return True
     try:
         with _compat.outside_of_tracing():
             exact = fastest_exact(case)
@@ -264,7 +271,11 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
     """
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
     cell = trace_cell(STEPS[case.key], carry, inputs, weights)
-    block, gradients = set(cell.block.nodes), cell.depending_on(cell.block.entry)
+    found = zip((*cell.of_inputs, *cell.of_weights), (*case.inputs, *case.weights), strict=True)
+    block = set(cell.block.nodes)
+    gradients = cell.depending_on(cell.block.entry) & cell.needed_for(
+        [node for node, (_, wanted) in found if wanted and node is not None]
+    )
     swept = max(1, min(settings.group_size, steps))
     iterations = min(settings.iterations, math.ceil(steps / swept))
     product = functools.partial(_products_seconds, case=case)

@@ -56,6 +56,9 @@ def recurrent_layer(
 
     Returns:
         The outputs ``[T, B, H]``, then the last state, like ``carry``.
+
+    Raises:
+        ValueError: there are no steps.
     """
     result: list[Tensor] = torch.ops.hwbp_compile.recurrent_layer.default(
         x, carry, weights, kind, iterations, gamma, group_size, exact_tail
@@ -67,6 +70,8 @@ def recurrent_layer(
 def _recurrent_layer(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *settings: Any
 ) -> list[Tensor]:
+    if x.shape[0] == 0:
+        raise ValueError(f"A recurrent layer needs at least one time step, but its input is {list(x.shape)}.")
     exact = settings[0] == EXACT
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))
     reason = why_no_kernels(kind, [x[0]], carry, weights)

@@ -1,0 +1,136 @@
+"""What the benchmarks share: training steps, timed in turns, and the memory that they take."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Step:
+    """Forward and backward pass of a module, under a loss that is a random linear function of its output.
+
+    Args:
+        module: whose parameters get gradients.
+        forward: the module, compiled or not; of several results, the first counts.
+        inputs: its arguments.
+        direction: the coefficients of the loss, like the output.
+        optimizer: steps after the backward pass, if there is one.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        inputs: Tensor | Sequence[Tensor],
+        direction: Tensor,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.module, self.forward = module, forward
+        self.inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        self.direction, self.optimizer = direction, optimizer
+        self.device = direction.device
+
+    def __call__(self) -> list[Tensor]:
+        """The gradients, which stay on the parameters; all work is done when they are returned."""
+        self.parts()
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def parts(self) -> tuple[float, ...]:
+        """Seconds of the forward pass, the backward pass, the optimizer, and all of them."""
+        for p in self.module.parameters():
+            p.grad = None
+        clock = [now(self.device)]
+        y = self.forward(*self.inputs)
+        loss = ((y if isinstance(y, Tensor) else y[0]) * self.direction).sum()
+        clock.append(now(self.device))
+        loss.backward()
+        clock.append(now(self.device))
+        if self.optimizer is not None:
+            self.optimizer.step()
+        clock.append(now(self.device))
+        return *(b - a for a, b in pairwise(clock)), clock[-1] - clock[0]
+
+
+def now(device: torch.device) -> float:
+    """The time, when the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, one after the other in turns."""
+    return {name: parts[-1] for name, parts in measure_parts(steps, repeats).items()}
+
+
+def measure_parts(steps: Mapping[str, Step], repeats: int) -> dict[str, tuple[float, ...]]:
+    """Median milliseconds of :meth:`Step.parts` of each, one after the other in turns."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            found[name].append(step.parts())
+    return {
+        name: tuple(statistics.median(column) * 1e3 for column in zip(*rows, strict=True))
+        for name, rows in found.items()
+    }
+
+
+def memory_of(step: Callable[[], object]) -> float:
+    """By how many megabytes a step raises the memory in use at most; nan where that cannot be told."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        step()
+        return (_status("VmHWM") - before) / 1e3
+    except OSError:
+        return math.nan
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def smallest_cosine(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The smallest cosine between two gradients of one parameter."""
+    pairs = zip(found, exact, strict=True)
+    return min(float(F.cosine_similarity(f.double().flatten(), e.double().flatten(), 0)) for f, e in pairs)
+
+
+def parser(doc: str | None, threads: int = 1, repeats: int = 7) -> argparse.ArgumentParser:
+    """With the arguments that all benchmarks have."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--threads", type=int, default=threads)
+    made.add_argument("--repeats", type=int, default=repeats)
+    return made
+
+
+def set_up(arguments: argparse.Namespace) -> None:
+    """Use so many threads, and say where and with what the figures are made."""
+    torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 50  # one compiled version of a module per setting
+    cuda = arguments.device == "cuda"
+    where = torch.cuda.get_device_name() if cuda else f"{arguments.threads} of them used"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {where}, torch {torch.__version__}", flush=True)
