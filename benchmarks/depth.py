@@ -23,8 +23,11 @@ from typing import Any
 import torch
 from depth_models import FAMILIES, Row
 from measuring import Step, measure_parts, memory_of, parser, set_up, smallest_cosine
+from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.flop_counter import FlopCounterMode
+
+import hwbp_compile
 
 GRID = [
     Row("mlp", 32, 64, 4),
@@ -40,9 +43,13 @@ GRID = [
     Row("mixer", 24, 128, 4, 16),
     Row("resnet", 110, 16, 1, 32),
 ]
-SETTINGS: dict[str, dict[str, Any]] = {
-    f"k = {k}": {"iterations": k, "apply": "always"} for k in (0, 1, 2, 4)
-} | {"auto": {}}
+ITERATED: dict[str, dict[str, Any]] = {f"k = {k}": {"iterations": k, "apply": "always"} for k in (0, 1, 2, 4)}
+SETTINGS = ITERATED | {"auto": {}}
+STACKED = {
+    f"stacked, {name}": options for name, options in ({"exact": {"apply": "never"}} | ITERATED).items()
+}
+"""With parameters in stacks; exact is Inductor's, apart from the gradients of rows."""
+ALL = {"inductor": None, **SETTINGS, **STACKED}
 
 
 def measure_row(row: Row, arguments: argparse.Namespace) -> None:
@@ -55,7 +62,7 @@ def measure_row(row: Row, arguments: argparse.Namespace) -> None:
         (model(x) * direction).sum().backward()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     print(f"\n{row}: {counter.get_total_flops() / 1e6:.1f} MFLOP, weights {weights / 1e6:.2f} MB")
-    names = [n for n in ("inductor", *SETTINGS) if not arguments.settings or n in arguments.settings]
+    names = [n for n in ALL if not arguments.settings or n in arguments.settings]
     steps, seconds = {}, {name: [0.0, 0.0] for name in names}
     with contextlib.ExitStack() as stack:
         folders = {name: stack.enter_context(TemporaryDirectory()) for name in names}
@@ -63,10 +70,11 @@ def measure_row(row: Row, arguments: argparse.Namespace) -> None:
             torch._dynamo.reset()
             for name in names:
                 module = copy.deepcopy(model)
+                if name in STACKED:
+                    hwbp_compile.stack_parameters(module)
                 optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
-                backend = {"backend": "inductor"} if name == "inductor" else {"backend": "highway"}
-                options = SETTINGS.get(name)
-                compiled = torch.compile(module, **backend, options=options, dynamic=False)
+                backend = "inductor" if name == "inductor" else "highway"
+                compiled = torch.compile(module, backend=backend, options=ALL[name], dynamic=False)
                 steps[name] = Step(module, compiled, x, direction, optimizer)
                 with fresh_cache(dir=folders[name], delete=False):
                     start = time.perf_counter()
@@ -74,10 +82,9 @@ def measure_row(row: Row, arguments: argparse.Namespace) -> None:
                     seconds[name][again] = time.perf_counter() - start
     for step in steps.values():
         step.module.load_state_dict(model.state_dict())
-    exact = [g.clone() for g in steps[names[0]]()]
-    for step in steps.values():
-        step.module.load_state_dict(model.state_dict())
-    cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
+        step()
+    exact = gradients(steps[names[0]].module)
+    cosines = {name: smallest_cosine(gradients(step.module), exact) for name, step in steps.items()}
     megabytes = {name: memory_of(step) for name, step in steps.items()}
     for _ in range(3):
         for step in steps.values():
@@ -86,7 +93,7 @@ def measure_row(row: Row, arguments: argparse.Namespace) -> None:
     for name, (forward, backward, optimizer, whole) in times.items():
         base = times[names[0]]
         print(
-            f"  {name:10} forward {forward:7.3f}  backward {backward:7.3f} ({base[1] / backward:5.2f}x)  "
+            f"  {name:14} forward {forward:7.3f}  backward {backward:7.3f} ({base[1] / backward:5.2f}x)  "
             f"optimizer {optimizer:7.3f}  step {whole:7.3f} ms ({base[3] / whole:5.2f}x)  "
             f"cosine {cosines[name]:.4f}  compile {seconds[name][0]:5.1f} / {seconds[name][1]:5.1f} s  "
             f"{megabytes[name]:6.1f} MB",
@@ -94,10 +101,19 @@ def measure_row(row: Row, arguments: argparse.Namespace) -> None:
         )
 
 
+def gradients(module: nn.Module) -> list[Tensor]:
+    """By the names that the parameters have without stacks."""
+    plain = copy.deepcopy(module)
+    for own, p in zip(plain.parameters(), module.parameters(), strict=True):
+        own.grad = p.grad
+    hwbp_compile.unstack_parameters(plain)
+    return [p.grad.clone() for _, p in sorted(plain.named_parameters()) if p.grad is not None]
+
+
 def main() -> None:
     made = parser(__doc__, threads=2, repeats=50)
     made.add_argument("--only", choices=list(FAMILIES), action="append", help="of the grid only these")
-    made.add_argument("--settings", nargs="*", help="some of: inductor, " + ", ".join(SETTINGS))
+    made.add_argument("--settings", nargs="*", help="some of: inductor, " + ", ".join(ALL))
     made.add_argument("--row", nargs=5, metavar=("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE"))
     made.add_argument("--compile-time", action="store_true", help="compile with empty caches first")
     made.add_argument("--one", type=int, help=argparse.SUPPRESS)

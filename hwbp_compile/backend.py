@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule
 from . import _compat
 from .options import Options, parse_options
 from .passes.pipeline import rewrite
+from .passes.row_gradients import join_row_gradients
 from .recurrent.capture import MARK, install, settle
 from .recurrent.scans import trained_scans
 from .report.log import log_record
@@ -63,6 +64,7 @@ class HighwayPass:
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
         if self.options.iterations == "exact" or self.options.apply == "never":
+            join_row_gradients(graph)
             return
         log_record(rewrite(graph, self.options), graph)
 

@@ -18,6 +18,8 @@ from .decide import reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
+from .restack import restack
+from .row_gradients import join_row_gradients
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ def rewrite(graph: Graph, options: Options) -> Record:
         record.seconds[name] = record.seconds.get(name, 0.0) + now - clock
         clock = now
 
+    join_row_gradients(graph)
+    lap("join")
     part = linear_part(graph)
     record.needs_gradient = bool(part.order)
     found = list(find_chains(part))
@@ -70,7 +74,9 @@ def rewrite(graph: Graph, options: Options) -> Record:
         lap("trace")
     if any(outcome.schedule is not None for outcome in record.outcomes):
         record.outcomes = _insert_all(graph, record.outcomes)
-    lap("insert")
+        lap("insert")
+        restack(graph)
+        lap("restack")
     return record
 
 

@@ -1,0 +1,86 @@
+"""Gradients of the rows of one tensor as one stack.
+
+Autograd turns each row's gradient into a tensor as large as the whole, zero elsewhere, and adds these up:
+quadratic in the number of rows. Here the sum becomes a concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .linear_ops import is_zero_constant, op_name
+
+_Rows = dict[int, list[Node]]
+
+
+def join_row_gradients(graph: Graph) -> int:
+    """Replace sums of rows, each padded with zeros, by their concatenation; how many sums there were."""
+    if not any(n.op == "call_function" and op_name(n) == "aten::select_scatter" for n in graph.nodes):
+        return 0
+    sums: dict[Node, _Rows] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name == "aten::select_scatter":
+            if is_zero_constant(node.args[0]) and not _int(node, 2) and isinstance(node.args[3], int):
+                size = node.meta["val"].shape[0]
+                if isinstance(size, int):
+                    sums[node] = {node.args[3] % size: [node.args[1]]}
+        elif name == "aten::add" and not node.kwargs and len(node.args) == 2:
+            a, b = node.args
+            if a is not b and all(isinstance(x, Node) and x in sums and len(x.users) == 1 for x in (a, b)):
+                sums[node] = _merged(sums.pop(a), sums.pop(b))
+    found = [(node, rows) for node, rows in sums.items() if sum(map(len, rows.values())) > 1]
+    for node, rows in found:
+        _join(graph, node, rows)
+    graph.eliminate_dead_code()
+    return len(found)
+
+
+def _int(node: Node, position: int) -> int:
+    value = node.args[position] if len(node.args) > position else 0
+    assert isinstance(value, int)
+    return value
+
+
+def _merged(a: _Rows, b: _Rows) -> _Rows:
+    if len(a) < len(b):
+        a, b = b, a
+    for row, gradients in b.items():
+        a.setdefault(row, []).extend(gradients)
+    return a
+
+
+def _join(graph: Graph, node: Node, rows: _Rows) -> None:
+    whole = node.meta["val"]
+    with graph.inserting_before(node):
+        parts = []
+        for row in range(whole.shape[0]):
+            if row not in rows:
+                zeros = call(graph, torch.ops.aten.full.default, (list(whole.shape[1:]), 0), like=node)
+                parts.append(call(graph, torch.ops.aten.unsqueeze.default, (zeros, 0), like=node))
+                continue
+            total, *others = rows[row]
+            for other in others:
+                total = call(graph, torch.ops.aten.add.Tensor, (total, other), like=node)
+            parts.append(call(graph, torch.ops.aten.unsqueeze.default, (total, 0), like=node))
+        joined = call(graph, torch.ops.aten.cat.default, (parts,), like=node)
+    node.replace_all_uses_with(joined)
+
+
+def call(graph: Graph, target: Any, args: Sequence[Any], *, like: Node) -> Node:
+    """Insert an operator, with the dtype and device of ``like`` if it makes a new tensor."""
+    value = like.meta["val"]
+    made = target is torch.ops.aten.full.default
+    kwargs = {"dtype": value.dtype, "device": value.device} if made else {}
+    node = graph.call_function(target, tuple(args), kwargs)
+    with value.fake_mode:
+        node.meta["val"] = target(*torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"]), **kwargs)
+    if "partitioner_tag" in like.meta:
+        node.meta["partitioner_tag"] = like.meta["partitioner_tag"]
+    return node
