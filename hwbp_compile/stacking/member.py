@@ -6,13 +6,12 @@ State dictionaries have the rows under their former names, and not the stacks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-_PLACES = "_places_in_stacks"
-_STACKS = "_stacks"
+_HOLDER, _ROW, _STACKS = "_stack_holder", "_stack_row", "_stack_names"
 
 
 class Place(NamedTuple):
@@ -29,8 +28,11 @@ class Place(NamedTuple):
 
 def places_of(module: nn.Module) -> dict[str, Place]:
     """The parameters of a module that are rows of stacks, by name."""
-    found: dict[str, Place] = module.__dict__.get(_PLACES, {})
-    return found
+    kind = type(module)
+    if not issubclass(kind, _Member) or not kind._rows:
+        return {}
+    (model,), row = module.__dict__[_HOLDER], module.__dict__[_ROW]
+    return {name: Place(model, stack, row) for name, stack in kind._rows}
 
 
 def stacks_of(module: nn.Module) -> tuple[str, ...]:
@@ -39,36 +41,36 @@ def stacks_of(module: nn.Module) -> tuple[str, ...]:
     return found
 
 
-def place(module: nn.Module, places: dict[str, Place]) -> None:
-    """Let these parameters of a module, and no others, be rows of stacks."""
-    module.__dict__[_PLACES] = places
-    _settle(module)
+def place(module: nn.Module, model: nn.Module, row: int, stacks: dict[str, str]) -> None:
+    """Let these parameters of a module, by name, be row ``row`` of these stacks of the model."""
+    module.__dict__ |= {_HOLDER: (model,), _ROW: row}
+    module.__class__ = _member_class(former_class(module), tuple(stacks.items()))
 
 
-def hold(model: nn.Module, stacks: tuple[str, ...]) -> None:
+def hold(model: nn.Module, stacks: Sequence[str]) -> None:
     """Let these parameters of a model, and no others, be stacks."""
-    model.__dict__[_STACKS] = stacks
-    _settle(model)
+    model.__dict__[_STACKS] = tuple(stacks)
+    model.__class__ = _member_class(former_class(model), getattr(type(model), "_rows", ()))
 
 
-def _settle(module: nn.Module) -> None:
-    base, places = former_class(module), places_of(module)
-    if places or stacks_of(module):
-        module.__class__ = _member_class(base, tuple(places))
-    else:
-        module.__class__ = base
-        for name in (_PLACES, _STACKS):
-            module.__dict__.pop(name, None)
+def release(module: nn.Module) -> None:
+    """Give a module its former class back."""
+    module.__class__ = former_class(module)
+    for name in (_HOLDER, _ROW, _STACKS):
+        module.__dict__.pop(name, None)
 
 
 def former_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, before it had parameters in stacks."""
+    """The class of a module, before it had anything to do with stacks."""
     kind = type(module)
     return kind.__mro__[2] if issubclass(kind, _Member) else kind
 
 
 class _Member(nn.Module):
-    """What classes of modules with parameters in stacks add to the modules' own."""
+    """What the classes of these modules add to the modules' own."""
+
+    _rows: tuple[tuple[str, str], ...] = ()
+    """Names of the parameters that are rows, each with its stack's."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -107,22 +109,27 @@ class _Member(nn.Module):
                 row.copy_(state_dict[key].detach())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (former_class(self), tuple(places_of(self))), self.__dict__.copy()
+        return _rebuild, (former_class(self), self._rows), self.__dict__.copy()
 
 
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_Rows = tuple[tuple[str, str], ...]
+_CLASSES: dict[tuple[type[nn.Module], _Rows], type[nn.Module]] = {}
 
 
-def _member_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    def row(name: str) -> property:
-        return property(lambda self: places_of(self)[name].value())
-
-    if (base, names) not in _CLASSES:
-        rows = {name: row(name) for name in names}
-        _CLASSES[base, names] = type(base.__name__, (_Member, base), {**rows, "__module__": base.__module__})
-    return _CLASSES[base, names]
+def _member_class(base: type[nn.Module], rows: _Rows) -> type[nn.Module]:
+    if (base, rows) not in _CLASSES:
+        own: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "_rows": rows}
+        own |= {name: _row_property(stack) for name, stack in rows}
+        _CLASSES[base, rows] = type(base.__name__, (_Member, base), own)
+    return _CLASSES[base, rows]
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    made: nn.Module = torch.nn.Module.__new__(_member_class(base, names))
+def _row_property(stack: str) -> property:
+    """The row of a stack. Written out for this stack: each variable would be one more guard for Dynamo."""
+    source = f"lambda self: self.{_HOLDER}[0]._parameters[{stack!r}].select(0, self.{_ROW})"
+    return property(eval(source, {}))
+
+
+def _rebuild(base: type[nn.Module], rows: _Rows) -> nn.Module:
+    made: nn.Module = nn.Module.__new__(_member_class(base, rows))
     return made

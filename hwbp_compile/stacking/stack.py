@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .member import Place, former_class, hold, place, places_of, stacks_of
+from .member import Place, former_class, hold, place, places_of, release, stacks_of
 
 
 @dataclass
@@ -61,6 +61,7 @@ def stack_parameters(model: nn.Module) -> Stacking:
     done = Stacking()
     columns = list(_columns(model, done))
     _refuse_optimizers([p for _, column in columns for p in column.values()], "stack_parameters")
+    stacks: dict[tuple[str, int], dict[str, str]] = {}
     for suffix, column in columns:
         name = _free_name(model, f"stacked_{suffix}")
         values = list(column.values())
@@ -69,11 +70,16 @@ def stack_parameters(model: nn.Module) -> Stacking:
             stack.grad = torch.stack([p.grad for p in values if p.grad is not None])
         model.register_parameter(name, stack)
         for row, path in enumerate(column):
-            module, short = _owner(model, path)
-            del module._parameters[short]
-            place(module, {**places_of(module), short: Place(model, name, row)})
+            owner, _, short = path.rpartition(".")
+            stacks.setdefault((owner, row), {})[short] = name
         done.stacks[name] = tuple(column)
-    hold(model, (*stacks_of(model), *done.stacks))
+    for (path, row), names in stacks.items():
+        module = model.get_submodule(path)
+        for short in names:
+            del module._parameters[short]
+        place(module, model, row, names)
+    if done.stacks:
+        hold(model, (*stacks_of(model), *done.stacks))
     return done
 
 
@@ -84,11 +90,11 @@ def unstack_parameters(model: nn.Module) -> None:
         ValueError: an optimizer has the stacks.
     """
     model = _original(model)
-    members = [(m, places_of(m)) for m in model.modules() if places_of(m)]
+    members = [(m, places) for m in model.modules() if (places := places_of(m))]
     stacks = {(id(at.model), at.stack): at for _, places in members for at in places.values()}
     _refuse_optimizers([_stack(at) for at in stacks.values()], "unstack_parameters")
     for module, places in members:
-        place(module, {})
+        release(module)
         for short, at in places.items():
             stack = _stack(at)
             own = nn.Parameter(stack.detach()[at.row].clone())
@@ -96,8 +102,8 @@ def unstack_parameters(model: nn.Module) -> None:
                 own.grad = stack.grad[at.row].clone()
             module.register_parameter(short, own)
     for at in stacks.values():
-        del at.model._parameters[at.stack]
-        hold(at.model, tuple(name for name in stacks_of(at.model) if name != at.stack))
+        at.model._parameters.pop(at.stack)
+        release(at.model)
 
 
 def _stack(at: Place) -> nn.Parameter:
@@ -127,6 +133,8 @@ def _columns(model: nn.Module, done: Stacking) -> Iterator[tuple[str, dict[str, 
 
 def _why_not(model: nn.Module, name: str, p: nn.Parameter, uses: Counter[int]) -> str:
     module, _ = _owner(model, name)
+    if places_of(module):
+        return "belongs to a module with parameters in stacks"
     if uses[id(p)] > 1:
         return "is shared"
     if not p.requires_grad:
