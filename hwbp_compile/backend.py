@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from . import _compat
 from .options import Options, parse_options
-from .passes.pipeline import rewrite
+from .passes.pipeline import rewrite, simplified
 from .passes.row_gradients import join_row_gradients
 from .recurrent.capture import MARK, install, settle
 from .recurrent.scans import trained_scans
@@ -64,7 +64,7 @@ class HighwayPass:
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
         if self.options.iterations == "exact" or self.options.apply == "never":
-            join_row_gradients(graph)
+            simplified(graph, join_row_gradients)
             return
         log_record(rewrite(graph, self.options), graph)
 

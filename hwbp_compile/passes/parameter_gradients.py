@@ -35,7 +35,7 @@ class GradientGroup:
     """One gradient of each of several blocks, all computed by the same operators."""
 
     members: tuple[int, ...]
-    """Positions of the blocks in the chain."""
+    """Positions of the blocks in the chain, and L for what follows it."""
     nodes: Column
     summed: bool = False
     """Whether only their sum is used, as for a weight that the blocks share."""
@@ -45,6 +45,8 @@ class Owners:
     """Which block each gradient belongs to: it depends on the tangents only through that block's values.
 
     The cotangents of the states belong to no block; block p's own gradients may read numbers p and p + 1.
+    What reads number L alone counts as block L: often that is one more block like the others, whose input
+    needs no gradient.
     """
 
     def __init__(self, chain: Chain, part: LinearPart, taken: set[Node]) -> None:
@@ -61,7 +63,7 @@ class Owners:
             if node in self.of or node in self.states or node in taken:
                 continue
             owner = self._owner(list(part.dag.predecessors(node)))
-            if owner is not None and owner < last:
+            if owner is not None:
                 self.of[node] = owner
         self._taken = taken
 

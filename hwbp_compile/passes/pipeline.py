@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -59,7 +60,7 @@ def rewrite(graph: Graph, options: Options) -> Record:
         record.seconds[name] = record.seconds.get(name, 0.0) + now - clock
         clock = now
 
-    join_row_gradients(graph)
+    simplified(graph, join_row_gradients)
     lap("join")
     part = linear_part(graph)
     record.needs_gradient = bool(part.order)
@@ -75,9 +76,22 @@ def rewrite(graph: Graph, options: Options) -> Record:
     if any(outcome.schedule is not None for outcome in record.outcomes):
         record.outcomes = _insert_all(graph, record.outcomes)
         lap("insert")
-        restack(graph)
+        simplified(graph, restack)
         lap("restack")
     return record
+
+
+def simplified(graph: Graph, simplify: Callable[[Graph], object]) -> None:
+    """Apply a pass that the result does not depend on; nothing happens if it fails."""
+    backup = _compat.copy_graph(graph)
+    try:
+        simplify(graph)
+        graph.lint()
+    except _compat.restart_exceptions():
+        raise
+    except Exception:
+        log.warning("%s is left out after an internal error.", simplify.__name__, exc_info=True)
+        _compat.restore_graph(graph, backup)
 
 
 def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:

@@ -6,65 +6,70 @@ as a stack of parameters or the result of another schedule, nothing has to be mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import _compat
 from .linear_ops import op_name
+from .shared_stacks import shared_stacks
+from .views import STACKED, Row, concatenated, row_of
 
 _VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::as_strided"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Row ``row`` of ``base``, and the views of it that follow."""
-
-    base: Node
-    row: int
-    views: tuple[tuple[str, Any], ...] = ()
-
-    def kind(self) -> tuple[Any, ...]:
-        return self.base, str(self.views)
-
-
 def restack(graph: Graph) -> int:
     """Replace concatenated rows of one tensor by that tensor or a slice of it; how many times."""
-    done = 0
-    for node in list(graph.nodes):
-        if node.op == "call_function" and op_name(node) == "aten::cat" and _dim(node) == 0:
-            done += _shorten(graph, node)
+    shared = shared_stacks(graph)
+    done = sum(_shorten(graph, node, shared.get(node)) for node in list(graph.nodes))
     if done:
+        _compat.sort_topologically(graph)
         graph.eliminate_dead_code()
     return done
 
 
-def _shorten(graph: Graph, node: Node) -> int:
+def _shorten(graph: Graph, node: Node, known: list[Row] | None) -> bool:
     """Join the neighbours among what a node concatenates that are rows of one tensor."""
-    parts: Any = node.args[0]
-    rows = [_row_of(n) for n in parts]
+    parts = concatenated(node)
+    if len(parts) < 2:
+        return False
+    rows: Sequence[Row | None] = known or [row_of(n) for n in parts]
+    if _run(rows) == len(rows):
+        return _replace(graph, node, [r for r in rows if r is not None])
+    if known:
+        return False
     joined: list[Node] = []
     start = 0
     while start < len(parts):
         end = start + _run(rows[start:])
-        made = None
-        if end - start > 1:
-            run = [r for r in rows[start:end] if r is not None]
-            made = _slice(graph, node, run, end - start == len(parts))
-        joined.extend(parts[start:end] if made is None else [made])
+        run = [r for r in rows[start:end] if r is not None]
+        joined.extend(parts[start:end] if len(run) < 2 else [_slice(graph, node, run, flat=True)])
         start = end
-    if len(joined) == 1 and len(parts) > 1:
-        node.replace_all_uses_with(joined[0])
-        graph.erase_node(node)
-    else:
-        node.update_arg(0, joined)
+    node.update_arg(0, joined)
     return len(parts) > len(joined)
 
 
-def _run(rows: Sequence[_Row | None]) -> int:
+def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
+    """Put a slice in the place of a concatenation, or of its users if these take the rows apart."""
+    apart = [len(rows), *concatenated(node)[0].meta["val"].shape]
+    views = [u for u in node.users if op_name(u) == "aten::view" and _sizes(u) == apart]
+    split = len(views) == len(node.users)
+    made = _slice(graph, node, rows, flat=not split)
+    replaced = views if split else [node]
+    users = [user for old in replaced for user in old.users]
+    if not made.meta["val"].is_contiguous() and any(op_name(user) in _VIEWS for user in users):
+        return False  # such a view was recorded for a tensor of other strides
+    for old in replaced:
+        old.replace_all_uses_with(made)
+    return True
+
+
+def _sizes(view: Node) -> list[object]:
+    return list(view.args[1])  # type: ignore[arg-type]
+
+
+def _run(rows: Sequence[Row | None]) -> int:
     """How many rows, from the first on, are evenly spaced rows of one tensor."""
     first = rows[0]
     if first is None or len(rows) < 2 or rows[1] is None:
@@ -78,8 +83,8 @@ def _run(rows: Sequence[_Row | None]) -> int:
     return len(rows)
 
 
-def _slice(graph: Graph, node: Node, rows: Sequence[_Row], whole: bool) -> Node | None:
-    """These rows, one behind the other, in one view; None where that will not do."""
+def _slice(graph: Graph, node: Node, rows: Sequence[Row], *, flat: bool) -> Node:
+    """These rows, before a node that concatenates them: one view, ``[rows, ...]`` or one behind the other."""
     first, step = rows[0], rows[1].row - rows[0].row
 
     def stacked(base: Tensor) -> Tensor:
@@ -87,17 +92,10 @@ def _slice(graph: Graph, node: Node, rows: Sequence[_Row], whole: bool) -> Node 
         if step != 1 or len(rows) != base.shape[0]:
             value = base[first.row : rows[-1].row + 1 : step]
         for name, argument in first.views:
-            value = _STACKED[name](value, argument)
-        return value.flatten(0, 1)
+            value = STACKED[name](value, argument)
+        return value.flatten(0, 1) if flat else value
 
-    if first.base.meta["val"].dim() - 1 + sum(_MORE.get(name, 0) for name, _ in first.views) < 1:
-        return None  # rows without a dimension
     traced = _compat.trace(stacked, [first.base.meta["val"]])
-    (output,) = traced.graph.find_nodes(op="output")
-    (result,) = output.args
-    value = first.base.meta["val"] if result.op == "placeholder" else result.meta["val"]
-    if whole and not value.is_contiguous() and any(op_name(user) in _VIEWS for user in node.users):
-        return None  # such a view was recorded for a tensor of other strides
     environment: dict[Node, Node] = {}
     with graph.inserting_before(node):
         for each in traced.graph.nodes:
@@ -107,52 +105,5 @@ def _slice(graph: Graph, node: Node, rows: Sequence[_Row], whole: bool) -> Node 
                 environment[each] = graph.node_copy(each, environment.__getitem__)
                 if "partitioner_tag" in node.meta:
                     environment[each].meta["partitioner_tag"] = node.meta["partitioner_tag"]
-    return environment[result]
-
-
-def _row_of(node: Node) -> _Row | None:
-    """The row that a node is a view of, if it is one."""
-    views: list[tuple[str, Any]] = []
-    while node.op == "call_function":
-        name = op_name(node)
-        if name == "aten::select" and node.args[1] == 0 and isinstance(node.args[2], int):
-            base: Any = node.args[0]
-            return _of(base, node.args[2], views)
-        if name == "getitem":
-            source: Any = node.args[0]
-            if source.op == "call_function" and op_name(source) == "aten::unbind" and _dim(source) == 0:
-                return _of(source.args[0], node.args[1], views)
-            return None
-        if name not in _STACKED:
-            return None
-        views.append((name, node.args[1:]))
-        (node,) = node.all_input_nodes
-    return None
-
-
-def _of(base: Node, row: Any, views: list[tuple[str, Any]]) -> _Row | None:
-    size = base.meta["val"].shape[0]
-    return _Row(base, row % size, tuple(reversed(views))) if isinstance(size, int) else None
-
-
-def _dim(node: Node) -> Any:
-    return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-
-
-def _permuted(x: Tensor, args: Any) -> Tensor:
-    return x.permute(0, *(d % (x.dim() - 1) + 1 for d in args[0]))
-
-
-def _unsqueezed(x: Tensor, args: Any) -> Tensor:
-    return x.unsqueeze(args[0] % x.dim() + 1)
-
-
-_STACKED: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "aten::permute": _permuted,
-    "aten::t": lambda x, _: x.transpose(1, 2) if x.dim() == 3 else x,
-    "aten::transpose": lambda x, args: x.transpose(*(d % (x.dim() - 1) + 1 for d in args)),
-    "aten::unsqueeze": _unsqueezed,
-    "aten::view": lambda x, args: x.reshape(x.shape[0], *args[0]),
-}
-"""For each view of a row, the view of all rows at once."""
-_MORE = {"aten::unsqueeze": 1}
+    (output,) = traced.graph.find_nodes(op="output")
+    return environment[output.args[0]]
