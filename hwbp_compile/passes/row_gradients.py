@@ -6,15 +6,17 @@ quadratic in the number of rows. Here the sum becomes a concatenation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from .linear_ops import is_zero_constant, op_name
+from .linear_ops import is_zero_constant, op_name, same_shape
 
-_Rows = dict[int, list[Node]]
+_Rows = dict[int | None, list[Node]]
+"""For each row what is added to it; under None, what is added to the whole."""
 
 
 def join_row_gradients(graph: Graph) -> int:
@@ -32,10 +34,13 @@ def join_row_gradients(graph: Graph) -> int:
                 if isinstance(size, int):
                     sums[node] = {node.args[3] % size: [node.args[1]]}
         elif name == "aten::add" and not node.kwargs and len(node.args) == 2:
-            a, b = node.args
-            if a is not b and all(isinstance(x, Node) and x in sums and len(x.users) == 1 for x in (a, b)):
-                sums[node] = _merged(sums.pop(a), sums.pop(b))
-    found = [(node, rows) for node, rows in sums.items() if sum(map(len, rows.values())) > 1]
+            terms: Any = node.args
+            alike = [x for x in terms if isinstance(x, Node) and same_shape(x.meta["val"], node.meta["val"])]
+            known = [x for x in alike if x in sums and len(x.users) == 1]
+            if len(set(alike)) == 2 and known:
+                others: list[_Rows] = [{None: [x]} for x in alike if x not in known]
+                sums[node] = functools.reduce(_merged, [*(sums.pop(x) for x in known), *others])
+    found = [(node, rows) for node, rows in sums.items() if len(rows.keys() - {None}) > 1]
     for node, rows in found:
         _join(graph, node, rows)
     graph.eliminate_dead_code()
@@ -70,6 +75,8 @@ def _join(graph: Graph, node: Node, rows: _Rows) -> None:
                 total = call(graph, torch.ops.aten.add.Tensor, (total, other), like=node)
             parts.append(call(graph, torch.ops.aten.unsqueeze.default, (total, 0), like=node))
         joined = call(graph, torch.ops.aten.cat.default, (parts,), like=node)
+        for other in rows.get(None, ()):
+            joined = call(graph, torch.ops.aten.add.Tensor, (joined, other), like=node)
     node.replace_all_uses_with(joined)
 
 

@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -151,15 +152,20 @@ def _why_not(model: nn.Module, name: str, p: nn.Parameter, uses: Counter[int]) -
 
 
 def _classes(module: nn.Module, path: str = "") -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
-    """Equal blocks in one container, each with its name; and the container's name."""
+    """Equal blocks, each with its name; and how all these names begin."""
     groups: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, child in _blocks(module, path):
         groups.setdefault(_structure(child), []).append((name, child))
-    for number, group in enumerate(groups.values()):
+    for group in groups.values():
         if len(group) > 1:
-            yield _join(path, f"class{number}" if len(groups) > 1 else ""), group
+            yield _beginning([name for name, _ in group]), group
         else:
             yield from _classes(group[0][1], group[0][0])
+
+
+def _beginning(names: list[str]) -> str:
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return _join(*(column[0] for column in takewhile(lambda c: len(set(c)) == 1, columns)))
 
 
 def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,224 @@
+"""``stack_parameters``: the same model in fewer tensors, both ways, and the same gradients without copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from explained_models import Mlp, Transformer
+from torch import Tensor, nn
+
+import hwbp_compile
+import hwbp_compile.backend
+from hwbp_compile import stack_parameters, unstack_parameters
+from hwbp_compile.passes.linear_ops import op_name
+
+WIDTH = 8
+
+
+def trained(model: nn.Module, x: Tensor, forward: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    """The gradients by the names that the parameters have without stacks."""
+    model.zero_grad()
+    (forward or model)(x).square().sum().backward()
+    plain = copy.deepcopy(model)
+    for own, p in zip(plain.parameters(), model.parameters(), strict=True):
+        own.grad = p.grad
+    unstack_parameters(plain)
+    return {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+def compiled_with_counts(model: nn.Module, **options: Any) -> tuple[Any, Counter[str]]:
+    """The compiled model; once it has run, how often each operator is in the rewritten joint graphs."""
+    counts: Counter[str] = Counter()
+    original = hwbp_compile.backend.HighwayPass.__call__
+
+    def counting(self: Any, graph: torch.fx.Graph) -> None:
+        original(self, graph)
+        counts.update(op_name(n) for n in graph.nodes if n.op == "call_function")
+
+    forward = torch.compile(model, backend="highway", options={"codegen": "eager", **options})
+
+    def run(x: Tensor) -> Any:
+        with mock.patch.object(hwbp_compile.backend.HighwayPass, "__call__", counting):
+            return forward(x)
+
+    return run, counts
+
+
+@pytest.mark.parametrize("make", [Mlp, Transformer])
+@pytest.mark.parametrize(
+    "options", [{"apply": "never"}, {"iterations": 1}, {"iterations": 2, "group_size": 2}]
+)
+def test_gradients(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    """Those that the model has without stacks, of which no copy is made."""
+    plain = make().double()
+    x = torch.randn(3, 5, WIDTH).double()
+    forward, plain_counts = compiled_with_counts(plain, **options)
+    expected = trained(plain, x, forward)
+    torch._dynamo.reset()
+    model = copy.deepcopy(plain)
+    stack_parameters(model)
+    forward, counts = compiled_with_counts(model, **options)
+    assert_equal(trained(model, x, forward), expected)
+    assert counts["hwbp_compile::stack"] == counts["aten::select_scatter"] == 0
+    assert (plain_counts["hwbp_compile::stack"] > 0) == (options.get("apply") != "never")
+
+
+def test_the_exact_gradient() -> None:
+    model = Mlp(6).double()
+    x = torch.randn(3, WIDTH).double()
+    expected = trained(model, x)
+    stack_parameters(model)
+    assert_equal(trained(model, x), expected)
+    assert_equal(trained(model, x, compiled_with_counts(model, iterations=6)[0]), expected)
+
+
+def test_there_and_back() -> None:
+    model = Mlp().double()
+    x = torch.randn(3, WIDTH).double()
+    expected = model(x)
+    expected.sum().backward()
+    before = copy.deepcopy(model)
+    names, gradients = dict(model.named_parameters()), [p.grad for p in model.parameters()]
+    done = stack_parameters(model)
+    assert len(done.stacks) == 6
+    assert not done.left_out
+    assert done.stacks["stacked_h_up_weight"] == tuple(f"h.{i}.up.weight" for i in (3, 2, 1, 0))
+    assert "stacked_h_up_weight: 4 rows, h.3.up.weight to h.0.up.weight" in str(done)
+    assert len(list(model.parameters())) == 4 + 6
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert list(model.state_dict()) == list(names) == list(before.state_dict())
+    unstack_parameters(model)
+    assert list(dict(model.named_parameters())) == list(names)
+    assert type(model) is Mlp
+    assert type(model.h[0].up) is nn.Linear
+    assert vars(model).keys() == vars(before).keys()
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        assert g is not None
+        torch.testing.assert_close(p.grad, g, rtol=0, atol=0)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_state_dictionaries() -> None:
+    model, other = Mlp(), Mlp()
+    stack_parameters(model)
+    assert str(other.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    fresh = Mlp()
+    model.load_state_dict(fresh.state_dict())
+    torch.testing.assert_close(model(x), fresh(x), rtol=0, atol=0)
+    state = nn.Sequential(model).state_dict()
+    assert list(state) == [f"0.{name}" for name in fresh.state_dict()]
+    nn.Sequential(model).load_state_dict(state)
+    del state["0.h.1.up.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.h.1.up.weight\"\."):
+        nn.Sequential(model).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"size mismatch for h.2.up.bias: \[5\] in the checkpoint, \[16\]"):
+        model.load_state_dict(fresh.state_dict() | {"h.2.up.bias": torch.zeros(5)})
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        model.load_state_dict(fresh.state_dict() | {"h.2.up.other": torch.zeros(5)})
+
+
+def test_copies() -> None:
+    model = Mlp()
+    stack_parameters(model)
+    x = torch.randn(3, WIDTH)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+        with torch.no_grad():
+            other.h[1].up.weight.zero_()
+        assert not other.stacked_h_up_weight[2].any()
+        assert model.h[1].up.weight.any()
+    assert model.double().h[0].up.weight.dtype == torch.float64
+
+
+def test_optimizers() -> None:
+    model = Mlp()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match=r"SGD optimizer has parameters that stack_parameters would replace"):
+        stack_parameters(model)
+    assert len(list(model.parameters())) == 4 + 4 * 6
+    del optimizer
+    stack_parameters(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.h[2].up.weight.detach().clone()
+    model(torch.randn(3, WIDTH)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.h[2].up.weight, before)
+    with pytest.raises(ValueError, match="unstack_parameters would replace"):
+        unstack_parameters(model)
+
+
+def test_left_out() -> None:
+    model = Mlp()
+    model.h[1].norm.weight = model.h[0].norm.weight
+    model.h[2].norm.bias.requires_grad_(False)
+    model.h[3].up.bias.register_hook(lambda g: g)
+    done = stack_parameters(model)
+    assert sorted(done.stacks) == ["stacked_h_down_bias", "stacked_h_down_weight", "stacked_h_up_weight"]
+    assert done.left_out == {
+        "h.0.norm.weight": "is shared",
+        "h.1.norm.weight": "is shared",
+        "h.2.norm.bias": "does not require gradients",
+        "h.3.up.bias": "has hooks",
+    }
+    again = stack_parameters(model)
+    assert not again.stacks
+    assert again.left_out["h.0.up.bias"] == "belongs to a module with parameters in stacks"
+    recurrent = stack_parameters(nn.Sequential(nn.GRU(2, 2), nn.GRU(2, 2)))
+    assert set(recurrent.left_out.values()) == {"belongs to a GRU"}
+    assert str(stack_parameters(nn.Linear(2, 2))).startswith("nothing is stacked")
+
+
+def test_containers_side_by_side() -> None:
+    """Blocks in several containers of one kind are one class; blocks of two kinds are two."""
+    blocks = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)]
+    found = stack_parameters(nn.Sequential(*blocks)).stacks
+    assert list(found) == ["stacked_weight", "stacked_bias"]
+    stages = nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))) for _ in range(2)))
+    expected, x = copy.deepcopy(stages), torch.randn(2, 4)
+    assert [len(rows) for rows in stack_parameters(stages).stacks.values()] == [6, 6]
+    torch.testing.assert_close(stages(x), expected(x), rtol=0, atol=0)
+
+
+class Rows(nn.Module):
+    """Uses rows of one parameter: some twice, one never, and all of it besides."""
+
+    def __init__(self, rest: bool) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+        self.rest = rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in (0, 2, -1, 2, 1):
+            x = x * self.rows[i].sin()
+        return x + self.rows.sum() if self.rest else x
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_gradients_of_rows(rest: bool) -> None:
+    model, x = Rows(rest), torch.randn(3, 4, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = model.rows.grad
+    model.zero_grad()
+    forward, counts = compiled_with_counts(model, apply="never")
+    forward(x).square().sum().backward()
+    torch.testing.assert_close(model.rows.grad, expected)
+    assert counts["aten::select_scatter"] == 0
