@@ -163,6 +163,13 @@ def size_hint(size: int | torch.SymInt) -> int:
     return int(hint(size, fallback=64))
 
 
+def size_expression(size: int | torch.SymInt) -> Any:
+    """A size as an expression of ``sympy``."""
+    import sympy
+
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
 def sort_topologically(graph: fx.Graph) -> None:
     """Order the nodes so that operands come first, moving as little as possible."""
     from torch._inductor.pattern_matcher import stable_topological_sort

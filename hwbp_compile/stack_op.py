@@ -12,11 +12,12 @@ from torch import Tensor
 torch.library.define("hwbp_compile::stack", "(Tensor[] rows) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.impl("hwbp_compile::stack", "CompositeExplicitAutograd")
-def _stack(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows)
-
-
 @torch.library.register_fake("hwbp_compile::stack")
 def _fake(rows: list[Tensor]) -> Tensor:
     return rows[0].new_empty((len(rows), *rows[0].shape))
+
+
+@torch.library.impl("hwbp_compile::stack", "CompositeExplicitAutograd")
+def _stack(rows: list[Tensor]) -> Tensor:
+    # Contiguous, however the rows are.
+    return torch.stack(rows, out=_fake(rows))

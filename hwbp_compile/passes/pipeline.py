@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
@@ -21,6 +21,7 @@ from .linear import LinearPart, linear_part
 from .linear_ops import op_name
 from .restack import restack
 from .row_gradients import join_row_gradients
+from .worth import Comparison, compare
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class Outcome:
     reason: str
     schedule: Schedule | None = None
     new: tuple[Node, ...] = ()
+    comparison: Comparison | None = None
+    """What was expected of it, where that decided."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ def rewrite(graph: Graph, options: Options) -> Record:
     lap("find")
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     for each in found:
-        record.outcomes.append(_plan(each, options, part, taken))
+        record.outcomes.append(_worth_it(graph, _plan(each, options, part, taken), options))
         lap("trace")
     if any(outcome.schedule is not None for outcome in record.outcomes):
         record.outcomes = _insert_all(graph, record.outcomes)
@@ -111,7 +114,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
                 )
             else:
                 new = insert_schedule(graph, outcome.schedule, renamed)
-                done[i] = Outcome(outcome.found, "", outcome.schedule, tuple(new))
+                done[i] = replace(outcome, new=tuple(new))
         _compat.sort_topologically(graph)
         graph.eliminate_dead_code()
         graph.lint()
@@ -141,6 +144,23 @@ def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set
             "A chain of %d blocks is left exact after an internal error.", len(found.blocks), exc_info=True
         )
         return Outcome(found, _internal(error))
+
+
+def _worth_it(graph: Graph, outcome: Outcome, options: Options) -> Outcome:
+    """Leave a chain exact that is not expected to be faster iterated."""
+    if outcome.schedule is None or options.apply != "auto":
+        return outcome
+    try:
+        comparison = compare(graph, outcome.schedule)
+    except _compat.restart_exceptions():
+        raise
+    except Exception as error:
+        log.warning("A chain is left exact as its cost cannot be estimated.", exc_info=True)
+        return Outcome(outcome.found, f"its cost cannot be estimated ({type(error).__name__}: {error})")
+    log.info("A chain of %d blocks: %s", len(outcome.found.blocks), comparison)
+    if comparison.reason:
+        return Outcome(outcome.found, comparison.reason, comparison=comparison)
+    return replace(outcome, comparison=comparison)
 
 
 def _internal(error: Exception) -> str:

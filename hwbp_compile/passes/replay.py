@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from .. import _compat
 from .batch import Stacked, batched_call
 from .linear_ops import op_name
 
@@ -97,7 +98,7 @@ class Replay(ABC, Generic[Key]):
         if not (isinstance(a, Stacked) and isinstance(b, Stacked)):
             return None
         left, right = a.value.permute(1, 0, 2).flatten(1, 2), b.value.flatten(0, 1)
-        rows, columns = node.meta["val"].shape
+        rows, columns = map(_compat.size_hint, node.meta["val"].shape)
         # Libraries are several times slower at few columns than at few rows.
         other = columns < rows if min(rows, columns) < _FEW else turned
         mm = torch.ops.aten.mm.default

@@ -53,7 +53,8 @@ def _shorten(graph: Graph, node: Node, known: list[Row] | None) -> bool:
 def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     """Put a slice in the place of a concatenation, or of its users if these take the rows apart."""
     apart = [len(rows), *concatenated(node)[0].meta["val"].shape]
-    views = [u for u in node.users if op_name(u) == "aten::view" and _sizes(u) == apart]
+    known = all(isinstance(n, int) for n in apart)
+    views = [u for u in node.users if known and op_name(u) == "aten::view" and _sizes(u) == apart]
     split = len(views) == len(node.users)
     made = _slice(graph, node, rows, flat=not split)
     replaced = views if split else [node]

@@ -79,6 +79,8 @@ def _stack(node: Node, late: set[Node]) -> _Stack | None:
     sources = tuple(n for n, _ in pairs) if alike else tuple(parts)
     if len({value_text(n) for n in sources}) > 1 or len(set(sources)) < len(sources):
         return None
+    if not inputs and not all(isinstance(n, int) for n in parts[0].meta["val"].shape):
+        return None
     return _Stack(node, sources, views if alike else (), inputs)
 
 

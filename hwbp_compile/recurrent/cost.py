@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from .. import _compat
 from ..errors import CannotRewrite
 from ..passes.linear_ops import op_name
 from ..passes.program import externals_of
+from ..rates import BUDGET, bandwidth, now, operator_seconds, product_rate
 from .backward import EXACT, Cotangent, Settings
 from .cell_graph import trace_cell
 from .cells import STEPS
@@ -31,8 +31,6 @@ from .recurrence import kernel_name
 
 log = logging.getLogger(__name__)
 
-_BUDGET = 2e9
-"""Floating-point operations of one measurement."""
 _PATIENCE = 0.1
 """Seconds after which a measurement is not repeated once more."""
 
@@ -218,7 +216,7 @@ def _measure_kernels(case: Case) -> Exact | None:
         lines = _time(case, forward, longest=2048)
     # Not compiled, it takes the more time apart from the steps. Compiled, it packs the weights.
     size = sum(math.prod(shape) for shape, _ in case.weights) * case.dtype.itemsize
-    packing = 4 * size / _bandwidth(case.device, case.threads, size)
+    packing = 4 * size / bandwidth(case.device, case.threads, size)
     return Exact("kernels", *(Line(min(line.fixed, packing), line.per_step) for line in lines))
 
 
@@ -242,20 +240,20 @@ def _time(case: Case, forward: Callable[[int], Callable[[], object]], longest: i
     """Of a forward pass over so many steps, and of the backward pass that it returns."""
     rows = case.carry[0][0][0] if case.carry[0][0] else 1
     flops = 6 * rows * sum(math.prod(shape) for shape, _ in case.weights)
-    longer = int(min(max(_BUDGET / max(flops, 1), 2), longest))
+    longer = int(min(max(BUDGET / max(flops, 1), 2), longest))
     lengths = max(longer // 4, 1), longer
     seconds = []
     for steps in lengths:
         best = [math.inf, math.inf]
-        begun = _now(case.device)
+        begun = now(case.device)
         for _ in range(5):
-            start = _now(case.device)
+            start = now(case.device)
             if start - begun > _PATIENCE:
                 break
             backward = forward(steps)
-            middle = _now(case.device)
+            middle = now(case.device)
             backward()
-            best = [min(best[0], middle - start), min(best[1], _now(case.device) - middle)]
+            best = [min(best[0], middle - start), min(best[1], now(case.device) - middle)]
         seconds.append(best)
     lines = []
     for short, long in zip(*seconds, strict=True):
@@ -263,12 +261,6 @@ def _time(case: Case, forward: Callable[[int], Callable[[], object]], longest: i
         slope = max((long - short) / (lengths[1] - lengths[0]), 0.5 * long / lengths[1])
         lines.append(Line(max(short - slope * lengths[0], 0.0), slope))
     return lines[0], lines[1]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
@@ -290,12 +282,12 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
     product = functools.partial(_products_seconds, case=case)
     state = sum(x.numel() for x in carry)
     read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
-    bandwidth = _bandwidth(case.device, case.threads, _bytes(case, steps * state))
+    speed = bandwidth(case.device, case.threads, _bytes(case, steps * state))
     operators = 6 + 2 * sum(op_name(n) in _PRODUCTS for n in cell.block.nodes)
     one = (
         product(cell.block.nodes, steps=math.ceil(steps / swept)) * swept
-        + _bytes(case, steps * (read + 6 * state)) / bandwidth
-        + operators * swept * _operator_seconds(case.device, case.threads)
+        + _bytes(case, steps * (read + 6 * state)) / speed
+        + operators * swept * operator_seconds(case.device, case.threads)
     )
     # Without kernels, the gates are computed again from the library's outputs.
     again = _measure_kernels(case) is None
@@ -303,8 +295,8 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
     last = (
         product(besides, steps=steps)
         + product(cell.block.nodes, steps=steps)
-        + _bytes(case, steps * (2 * read + 2 * state)) / bandwidth
-        + 3 * operators * _operator_seconds(case.device, case.threads)
+        + _bytes(case, steps * (2 * read + 2 * state)) / speed
+        + 3 * operators * operator_seconds(case.device, case.threads)
     )
     return iterations * one + last
 
@@ -329,53 +321,5 @@ def _products_seconds(nodes: Sequence[Node], case: Case, steps: int) -> float:
             flops = 2 * many * rows * inner * columns * steps
             batch = case.carry[0][0][0]
             sizes = (rows * steps, inner, columns) if rows == batch else (rows, inner * steps, columns)
-            total += flops / _product_rate(*sizes, case.dtype, case.device, case.threads)
+            total += flops / product_rate(*sizes, case.dtype, case.device, case.threads)
     return total
-
-
-@functools.lru_cache(maxsize=1024)
-def _product_rate(
-    rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device, threads: int
-) -> float:
-    """FLOPs a second of ``[rows, inner] @ [inner, columns]``, measured on a part if it is large."""
-    share = min(1.0, _BUDGET / (2 * rows * inner * columns))
-    if rows > inner:
-        rows = max(int(rows * share), 1)
-    else:
-        inner = max(int(inner * share), 1)
-    a = torch.full((rows, inner), 0.01, dtype=dtype, device=device)
-    b = torch.full((inner, columns), 0.01, dtype=dtype, device=device)
-    return 2 * rows * inner * columns / _best(lambda: a @ b, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _bandwidth(device: torch.device, threads: int, size: int) -> float:
-    """Bytes a second of elementwise operators that make tensors of about this size in bytes.
-
-    Several are kept at a time, as in a backward pass: memory that was not in use just now is slower.
-    """
-    n = max(min(size, 1 << 25) // 4, 1 << 12)
-    a = torch.full((n,), 0.01, device=device)
-    return 4 * 3 * 4 * n / _best(lambda: [a + a for _ in range(4)], device)
-
-
-@functools.lru_cache(maxsize=16)
-def _operator_seconds(device: torch.device, threads: int) -> float:
-    """What it takes to call an operator that has next to nothing to do."""
-    a = torch.full((16,), 0.01, device=device)
-
-    def several() -> None:
-        for _ in range(20):
-            torch.add(a, a)
-
-    return _best(several, device) / 20
-
-
-def _best(run: Callable[[], object], device: torch.device) -> float:
-    found = math.inf
-    with torch.no_grad():
-        for _ in range(4):
-            start = _now(device)
-            run()
-            found = min(found, _now(device) - start)
-    return max(found, 1e-9)

@@ -70,7 +70,7 @@ def recurrent_layer(
 def _recurrent_layer(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *settings: Any
 ) -> list[Tensor]:
-    if x.shape[0] == 0:
+    if isinstance(x.shape[0], int) and x.shape[0] == 0:
         raise ValueError(f"A recurrent layer needs at least one time step, but its input is {list(x.shape)}.")
     exact = settings[0] == EXACT
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))

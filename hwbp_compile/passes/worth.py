@@ -1,0 +1,109 @@
+"""Whether a schedule is expected to take less time than the sequential backward pass in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import _compat
+from ..rates import bandwidth, operator_seconds, product_rate
+from .emit import Schedule
+from .views import concatenated, row_of, views_of
+from .work import Work, work_of
+
+_ENOUGH = 0.85
+"""The share of the exact backward pass's time that an approximate one may take at most."""
+_CALL = 5
+"""A call from generated code, which also makes and checks its tensors, in calls of a small operator."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The work of a backward pass, as it was and with a schedule in it, and the seconds expected of each."""
+
+    exact: Work
+    iterated: Work
+    exact_seconds: float
+    iterated_seconds: float
+
+    @property
+    def reason(self) -> str:
+        """Why the chain is to be left exact; empty if it is not."""
+        if self.iterated_seconds <= _ENOUGH * self.exact_seconds:
+            return ""
+        times = f"about {self.exact_seconds * 1e3:.3g} ms against {self.iterated_seconds * 1e3:.3g} ms"
+        return f'exact backpropagation is not expected to be slower: {times}; apply="always" iterates anyway'
+
+    def __str__(self) -> str:
+        parts = (
+            ("exact", self.exact, self.exact_seconds),
+            ("iterated", self.iterated, self.iterated_seconds),
+        )
+        return "; ".join(
+            f"{name}: {work.flops.formula} FLOP in {len(work.products)} products, {work.depth} in sequence, "
+            f"{work.bytes.formula} bytes in {work.kernels} kernels, about {seconds * 1e3:.3g} ms"
+            for name, work, seconds in parts
+        )
+
+
+def compare(graph: Graph, schedule: Schedule) -> Comparison:
+    """Count the backward half of a joint graph as it is and with a schedule, and predict the times."""
+    backward = [n for n in graph.nodes if n.meta.get("partitioner_tag") == "is_backward"]
+    device = next(n.meta["val"].device for n in schedule.replaced)
+    replaced = set(schedule.replaced)
+    live = _live(graph, schedule)
+    exact = work_of(backward)
+    rest = work_of(
+        [n for n in backward if n in live],
+        lambda n: bool(parts := concatenated(n)) and all(views_of(p)[0] in replaced for p in parts),
+    )
+    own = list(schedule.graph_module.graph.nodes)
+    outer = dict(zip((n for n in own if n.op == "placeholder"), schedule.inputs, strict=True))
+
+    def is_slice(node: Node) -> bool:
+        rows = [row_of(outer.get(p, p)) for p in concatenated(node)]
+        return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
+
+    iterated = rest + work_of(own, is_slice)
+    return Comparison(exact, iterated, seconds_of(exact, device), seconds_of(iterated, device))
+
+
+def _live(graph: Graph, schedule: Schedule) -> set[Node]:
+    """What is still needed once the schedule hands out the nodes that it replaces."""
+    (output,) = graph.find_nodes(op="output")
+    summed = {n for group in schedule.summed for n in group.nodes}
+    given = set(schedule.replaced) | summed
+    live: set[Node] = set()
+    stack = [*output.all_input_nodes, *schedule.inputs]
+    while stack:
+        node = stack.pop()
+        if node in live or node in given:
+            continue
+        live.add(node)
+        stack.extend(node.all_input_nodes)
+    return live
+
+
+def seconds_of(work: Work, device: torch.device) -> float:
+    """The time that some work is expected to take."""
+    threads = torch.get_num_threads()
+    with _compat.outside_of_tracing():
+        call = _CALL * operator_seconds(device, threads)
+        moved = work.bytes.value
+        total = work.kernels * call
+        if moved:
+            total += moved / bandwidth(device, threads, _power(moved / max(work.kernels, 1)))
+        for product in work.products:
+            side = _power((product.flops.value / 2) ** (1 / 3))
+            batch, rows, inner, columns = product.sizes or (1, side, side, side)
+            if product.flops.value:
+                rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch)
+                total += product.flops.value / rate + call / 2
+    return total
+
+
+def _power(value: float) -> int:
+    """A power of two nearby, so that few things are measured."""
+    return 1 << max(round(value).bit_length(), 1)
