@@ -139,9 +139,10 @@ def autograd_inside_an_operator() -> Iterator[None]:
 @contextmanager
 def outside_of_tracing() -> Iterator[None]:
     """Whatever is being traced around this context sees nothing of it."""
+    from torch._dispatch.python import no_python_dispatcher
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes():
+    with _disable_current_modes(), no_python_dispatcher():
         yield
 
 

@@ -43,14 +43,18 @@ def product_rate(
 
 
 @functools.lru_cache(maxsize=1024)
-def bandwidth(device: torch.device, threads: int, size: int) -> float:
+def bandwidth(device: torch.device, threads: int, size: int, fresh: bool = True) -> float:
     """Bytes a second of elementwise operators that make tensors of about this size in bytes.
 
-    Several are kept at a time, as in a backward pass: memory that was not in use just now is slower.
+    Args:
+        fresh: whether these are tensors that were not in use just now, which takes longer.
     """
     n = max(min(size, 1 << 25) // 4, 1 << 12)
     a = torch.full((n,), 0.01, device=device)
-    return 4 * 3 * 4 * n / best(lambda: [a + a for _ in range(4)], device)
+    if fresh:
+        return 4 * 3 * 4 * n / best(lambda: [a + a for _ in range(4)], device)
+    out = [torch.empty_like(a) for _ in range(4)]
+    return 4 * 3 * 4 * n / best(lambda: [torch.add(a, a, out=each) for each in out], device)
 
 
 @functools.lru_cache(maxsize=16)

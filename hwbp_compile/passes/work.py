@@ -26,6 +26,7 @@ _FREE = {
     )
 } | {"getitem"}  # fmt: skip
 """Operators that take no time of their own."""
+_SYMBOLIC = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def work_of(nodes: Sequence[Node], is_free: Callable[[Node], bool] = lambda _: F
         nodes: some of a graph's.
         is_free: says of a node that it moves nothing, though it looks so.
     """
-    chosen = {n for n in nodes if n.op == "call_function"}
+    chosen = {n for n in nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), _SYMBOLIC)}
     products = [n for n in nodes if _is_product(n)]
     level = _levels(nodes, chosen)
     group: dict[Node, Node] = {}
@@ -160,7 +161,7 @@ def _behind_views(node: Node, chosen: set[Node]) -> list[Node]:
     """What a node reads, seen through views."""
     found = []
     for n in node.all_input_nodes:
-        while n in chosen and op_name(n) in _FREE and len(n.all_input_nodes) == 1:
+        while n in chosen and op_name(n) in _FREE and n.all_input_nodes:
             n = n.all_input_nodes[0]
         found.append(n)
     return found

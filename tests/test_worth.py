@@ -1,0 +1,98 @@
+"""What ``apply="auto"`` counts, and what it decides from that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from compare import recorded
+from small_models import LENGTH, D, compiled, grads, model
+from torch import Tensor
+
+from hwbp_compile.passes import worth
+from hwbp_compile.passes.pipeline import Outcome
+
+pytestmark = pytest.mark.measured
+
+
+def decided(x: Tensor, monkeypatch: pytest.MonkeyPatch, call: float, flops: float, **kwargs: Any) -> Outcome:
+    """The outcome for the small model on a machine with so many seconds a call and FLOPs a second."""
+    monkeypatch.setattr(worth, "operator_seconds", lambda *_: call)
+    monkeypatch.setattr(worth, "product_rate", lambda *_: flops)
+    monkeypatch.setattr(worth, "bandwidth", lambda *_, **__: 4 * flops)
+    m = model()
+    expected = grads(m, m, x)
+    with recorded() as records:
+        found = grads(m, compiled(m, **kwargs), x)
+    ((outcome,),) = [record.outcomes for record in records]
+    if outcome.reason:
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e)
+    return outcome
+
+
+def test_latency_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worth, "_TENSOR", 0.0)
+    outcome = decided(torch.randn(3, 4).double(), monkeypatch, call=1.0, flops=1e30, iterations=1)
+    assert outcome.schedule is not None
+    assert outcome.comparison is not None
+    exact, iterated = outcome.comparison.exact, outcome.comparison.iterated
+    # Two products of each of two layers in every block, and those around the chain.
+    assert 4 * LENGTH <= len(exact.products) <= 4 * LENGTH + 4
+    assert len(iterated.products) < len(exact.products) / 2
+    assert iterated.depth < 2 * LENGTH <= exact.depth
+    assert iterated.kernels < exact.kernels
+    blocks = 4 * LENGTH * 2 * 3 * D * 2 * D
+    assert blocks <= exact.flops.value <= blocks + 3 * 2 * 3 * D * (4 + 3)
+    assert iterated.flops.value > exact.flops.value
+
+
+def test_arithmetic_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = decided(torch.randn(3, 4).double(), monkeypatch, call=1e-30, flops=1.0, iterations=2)
+    assert outcome.schedule is None
+    assert outcome.reason.startswith("exact backpropagation is not expected to be slower: about ")
+
+
+def test_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 4).double()
+    assert decided(x, monkeypatch, 1e-30, 1.0, iterations=2, apply="always").schedule is not None
+
+
+def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a batch of any size they have its symbol, and the values of the size at hand."""
+    fixed = decided(torch.randn(3, 4).double(), monkeypatch, 1.0, 1e30, iterations=1).comparison
+    torch._dynamo.reset()
+    free = decided(torch.randn(3, 4).double(), monkeypatch, 1.0, 1e30, iterations=1, dynamic=True).comparison
+    assert fixed is not None
+    assert free is not None
+    for a, b in ((fixed.exact, free.exact), (fixed.iterated, free.iterated)):
+        assert (a.flops.value, len(a.products), a.kernels) == (b.flops.value, len(b.products), b.kernels)
+        (symbol,) = b.flops.formula.free_symbols
+        assert b.flops.formula.subs(symbol, 3) == a.flops.formula == sympy.Integer(a.flops.value)
+    assert "FLOP in" in str(free)
+    assert str(symbol) in str(free)
+
+
+def test_what_cannot_be_estimated_is_exact(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(worth, "seconds_of", fail)
+    outcome = decided(torch.randn(3, 4).double(), monkeypatch, 1.0, 1e30)
+    assert outcome.reason == "its cost cannot be estimated (RuntimeError: no clock)"
+    assert "left exact as its cost" in caplog.text
+
+
+def test_a_real_machine() -> None:
+    """Whatever is decided here, it is decided, and said."""
+    m = model()
+    with recorded() as records:
+        grads(m, compiled(m, iterations=1), torch.randn(3, 4).double())
+    ((outcome,),) = [record.outcomes for record in records]
+    assert outcome.comparison is not None
+    assert 0 < outcome.comparison.exact_seconds < 1
+    assert (outcome.schedule is None) == bool(outcome.comparison.reason)
