@@ -135,7 +135,8 @@ def compare(task: Task, iterations: list[int], codegen: str) -> tuple[list[Run],
     model = task.make_model()
     parameters = sum(p.numel() for p in model.parameters())
     print(f"\n{task.title}\n{parameters:,} parameters, {task.steps} steps; {task.data.description}\n")
-    print(hwbp_compile.explain(model, task.data.train(0)[0], options={"iterations": iterations[-1]}), "\n")
+    options = {"iterations": iterations[-1], "apply": "always"}
+    print(hwbp_compile.explain(model, task.data.train(0)[0], options=options), "\n")
     runs = train(task, model, backwards_of(task, iterations, codegen))
     report = f"{table(runs)}\n\n{verdict(runs)}"
     print(f"\n{report}", flush=True)

@@ -38,7 +38,7 @@ class Options:
     min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
     apply: Literal["auto", "always", "never"] = _option(
         "auto",
-        '"auto" iterates over time only where that is expected to be faster; '
+        '"auto" iterates only where that is expected to be faster; '
         '"always" rewrites what it can, "never" leaves all exact',
     )
     codegen: Literal["inductor", "eager"] = _option(

@@ -25,7 +25,8 @@ class R(nn.Module):
     def forward(self, x):
         return x + self.f(x)
 m = nn.Sequential(*[R() for _ in range(5)])
-f = torch.compile(m, backend="highway", options={"iterations": k if k == "exact" else int(k)})
+options = {"iterations": k if k == "exact" else int(k), "apply": "always"}
+f = torch.compile(m, backend="highway", options=options)
 f(torch.randn(3, 6)).square().sum().backward()
 print(sum(p.grad.abs().sum().double().item() for p in m.parameters()))
 print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])

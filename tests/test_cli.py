@@ -123,7 +123,8 @@ def test_as_a_program(file: Path) -> None:
 def test_torch_logs_and_trace(file: Path, tmp_path: Path, codegen: str) -> None:
     script = (
         f"import torch, {file.stem} as m; model, args = m.factory(); "
-        f"torch.compile(model, backend='highway', options={{'codegen': '{codegen}'}})(*args)"
+        f"options = {{'codegen': '{codegen}', 'apply': 'always'}}\n"
+        "torch.compile(model, backend='highway', options=options)(*args)"
     )
     traces = tmp_path / "trace"
     done = run(

@@ -26,7 +26,7 @@ BLOCKS = 8
 
 @pytest.fixture(scope="module")
 def explanation() -> Explanation:
-    return explain(Mlp(BLOCKS), torch.randn(2, 8), options={"iterations": 2})
+    return explain(Mlp(BLOCKS), torch.randn(2, 8), options={"iterations": 2, "apply": "always"})
 
 
 def kinds(explanation: Explanation, *, rewritten: bool) -> set[Any]:
