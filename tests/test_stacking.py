@@ -13,11 +13,13 @@ import pytest
 import torch
 from explained_models import Mlp, Transformer
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hwbp_compile
 import hwbp_compile.backend
 from hwbp_compile import stack_parameters, unstack_parameters
 from hwbp_compile.passes.linear_ops import op_name
+from hwbp_compile.passes.restack import restack
 
 WIDTH = 8
 
@@ -222,3 +224,51 @@ def test_gradients_of_rows(rest: bool) -> None:
     forward(x).square().sum().backward()
     torch.testing.assert_close(model.rows.grad, expected)
     assert counts["aten::select_scatter"] == 0
+
+
+class Returned(nn.Module):
+    """Rows of a parameter put together again are what it returns, and they are the gradient of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.stack([self.rows[i] for i in range(3)]), sum(x[i] @ self.rows[i] for i in range(3))
+
+
+def test_nothing_returned_shares_memory() -> None:
+    model, x = Returned(), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    stacked, value = compiled_with_counts(model, apply="always")[0](x)
+    value.backward(retain_graph=True)
+    memory = {t.untyped_storage().data_ptr() for t in (model.rows, model.rows.grad, x.grad, stacked)}
+    assert len(memory) == 4
+    torch.testing.assert_close(x.grad, model.rows)
+
+
+def graph_of(rows: Tensor, returned: str) -> tuple[torch.fx.GraphModule, Tensor]:
+    """A backward pass in which rows of a product are put together, and returned alone or with the product."""
+
+    def backward(w: Tensor, g: Tensor) -> list[Tensor]:
+        product = g * 2
+        base = {"product": product, "input": w}.get(returned, product)
+        together = torch.cat([r.unsqueeze(0) for r in base.unbind(0)])
+        return [together, product] if returned == "both" else [together]
+
+    traced = make_fx(backward, tracing_mode="fake")(rows, rows)
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            node.meta["partitioner_tag"] = "is_backward"
+    return traced, rows
+
+
+@pytest.mark.parametrize(("returned", "expected"), [("product", 1), ("both", 0), ("input", 0)])
+def test_copies_that_are_needed(returned: str, expected: int) -> None:
+    traced, rows = graph_of(torch.randn(3, 4), returned)
+    before = traced(rows, rows)
+    assert restack(traced.graph) == expected
+    traced.recompile()
+    after = traced(rows, rows)
+    for a, b in zip(after, before, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len({t.untyped_storage().data_ptr() for t in (rows, *after)}) == 1 + len(after)

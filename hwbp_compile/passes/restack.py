@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from .. import _compat
 from .linear_ops import op_name
 from .shared_stacks import shared_stacks
-from .views import STACKED, Row, concatenated, row_of
+from .views import STACKED, Row, concatenated, is_view, row_of
 
 _VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::as_strided"}
 
@@ -32,7 +32,7 @@ def restack(graph: Graph) -> int:
 def _shorten(graph: Graph, node: Node, known: list[Row] | None) -> bool:
     """Join the neighbours among what a node concatenates that are rows of one tensor."""
     parts = concatenated(node)
-    if len(parts) < 2:
+    if len(parts) < 2 or not _is_backward(node):
         return False
     rows: Sequence[Row | None] = known or [row_of(n) for n in parts]
     if _run(rows) == len(rows):
@@ -61,9 +61,28 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     users = [user for old in replaced for user in old.users]
     if not made.meta["val"].is_contiguous() and any(op_name(user) in _VIEWS for user in users):
         return False  # such a view was recorded for a tensor of other strides
+    if _returned(node) and (not _is_backward(rows[0].base) or _returned(rows[0].base, besides=node)):
+        return False  # what is handed out must not share its memory with anything else
     for old in replaced:
         old.replace_all_uses_with(made)
     return True
+
+
+def _is_backward(node: Node) -> bool:
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def _returned(node: Node, besides: Node | None = None) -> bool:
+    """Whether the graph returns a node, or a view of it."""
+    seen, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and user is not besides and (user.op != "call_function" or is_view(user)):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _sizes(view: Node) -> list[object]:

@@ -57,6 +57,11 @@ def views_of(node: Node) -> tuple[Node, Views]:
     return node, tuple(reversed(views))
 
 
+def is_view(node: Node) -> bool:
+    """Whether the result of an operator shares the memory of its first argument, or may."""
+    return op_name(node) in SHARING
+
+
 def concatenated(node: Node) -> list[Node]:
     """What a node concatenates along the first dimension; empty if it does not."""
     if node.op != "call_function" or op_name(node) != "aten::cat" or dim_of(node) != 0:
@@ -77,6 +82,15 @@ def _permuted(x: Tensor, args: Any) -> Tensor:
 def _unsqueezed(x: Tensor, args: Any) -> Tensor:
     return x.unsqueeze(args[0] % x.dim() + 1)
 
+
+SHARING = {"getitem"} | {
+    f"aten::{n}"
+    for n in (
+        "view", "_unsafe_view", "reshape", "permute", "t", "transpose", "unsqueeze", "squeeze", "expand",
+        "select", "slice", "unbind", "alias", "detach", "split", "split_with_sizes", "as_strided",
+    )
+}  # fmt: skip
+"""Operators whose result shares the memory of their first argument, or may."""
 
 STACKED: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "aten::permute": _permuted,

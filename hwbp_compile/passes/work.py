@@ -16,15 +16,9 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import _compat
 from .linear_ops import op_name
+from .views import SHARING
 
-_FREE = {
-    f"aten::{n}"
-    for n in (
-        "view", "_unsafe_view", "reshape", "permute", "t", "transpose", "unsqueeze", "squeeze", "expand",
-        "select", "slice", "unbind", "alias", "detach", "full", "split", "split_with_sizes", "as_strided",
-        "sym_size",
-    )
-} | {"getitem"}  # fmt: skip
+_FREE = {*SHARING, "aten::full", "aten::sym_size"}
 """Operators that take no time of their own."""
 _SYMBOLIC = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 
