@@ -16,7 +16,7 @@ from .linear_ops import op_name
 from .shared_stacks import shared_stacks
 from .views import STACKED, Row, concatenated, is_view, row_of
 
-_VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::as_strided"}
+_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
 def restack(graph: Graph) -> int:
@@ -59,9 +59,13 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     made = _slice(graph, node, rows, flat=not split)
     replaced = views if split else [node]
     users = [user for old in replaced for user in old.users]
-    if not made.meta["val"].is_contiguous() and any(op_name(user) in _VIEWS for user in users):
-        return False  # such a view was recorded for a tensor of other strides
-    if _returned(node) and (not _is_backward(rows[0].base) or _returned(rows[0].base, besides=node)):
+    only_products = all(user.op != "output" and op_name(user) in _PRODUCTS for user in users)
+    if not made.meta["val"].is_contiguous() and not only_products:
+        return False  # a view further on may have been recorded for a tensor of other strides
+    owner = rows[0].base
+    while owner.op == "call_function" and is_view(owner):
+        owner = owner.all_input_nodes[0]
+    if _returned(node) and (not _is_backward(owner) or _returned(owner, besides=node)):
         return False  # what is handed out must not share its memory with anything else
     for old in replaced:
         old.replace_all_uses_with(made)

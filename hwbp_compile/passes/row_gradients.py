@@ -31,20 +31,32 @@ def join_row_gradients(graph: Graph) -> int:
         if name == "aten::select_scatter":
             if is_zero_constant(node.args[0]) and not _int(node, 2) and isinstance(node.args[3], int):
                 size = node.meta["val"].shape[0]
-                if isinstance(size, int):
-                    sums[node] = {node.args[3] % size: [node.args[1]]}
+                row: Any = node.args[1]
+                if isinstance(size, int) and row.meta["val"].dtype == node.meta["val"].dtype:
+                    sums[node] = {node.args[3] % size: [row]}
         elif name == "aten::add" and not node.kwargs and len(node.args) == 2:
             terms: Any = node.args
-            alike = [x for x in terms if isinstance(x, Node) and same_shape(x.meta["val"], node.meta["val"])]
+            alike = [x for x in terms if isinstance(x, Node) and _alike(x, node)]
             known = [x for x in alike if x in sums and len(x.users) == 1]
             if len(set(alike)) == 2 and known:
                 others: list[_Rows] = [{None: [x]} for x in alike if x not in known]
                 sums[node] = functools.reduce(_merged, [*(sums.pop(x) for x in known), *others])
-    found = [(node, rows) for node, rows in sums.items() if len(rows.keys() - {None}) > 1]
+    found = [(node, rows) for node, rows in sums.items() if _most(node, rows)]
     for node, rows in found:
         _join(graph, node, rows)
     graph.eliminate_dead_code()
     return len(found)
+
+
+def _alike(a: Node, b: Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return isinstance(x, torch.Tensor) and same_shape(x, y) and x.dtype == y.dtype
+
+
+def _most(node: Node, rows: _Rows) -> bool:
+    """Whether at least half of the rows are known: of a large table with few, a sum is shorter."""
+    known = len(rows.keys() - {None})
+    return known > 1 and 2 * known >= node.meta["val"].shape[0]
 
 
 def _int(node: Node, position: int) -> int:
@@ -67,7 +79,8 @@ def _join(graph: Graph, node: Node, rows: _Rows) -> None:
         parts = []
         for row in range(whole.shape[0]):
             if row not in rows:
-                zeros = call(graph, torch.ops.aten.full.default, (list(whole.shape[1:]), 0), like=node)
+                (first, *_), *_ = (gradients for number, gradients in rows.items() if number is not None)
+                zeros = call(graph, torch.ops.aten.full_like.default, (first, 0), like=node)
                 parts.append(call(graph, torch.ops.aten.unsqueeze.default, (zeros, 0), like=node))
                 continue
             total, *others = rows[row]
@@ -81,13 +94,10 @@ def _join(graph: Graph, node: Node, rows: _Rows) -> None:
 
 
 def call(graph: Graph, target: Any, args: Sequence[Any], *, like: Node) -> Node:
-    """Insert an operator, with the dtype and device of ``like`` if it makes a new tensor."""
-    value = like.meta["val"]
-    made = target is torch.ops.aten.full.default
-    kwargs = {"dtype": value.dtype, "device": value.device} if made else {}
-    node = graph.call_function(target, tuple(args), kwargs)
-    with value.fake_mode:
-        node.meta["val"] = target(*torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"]), **kwargs)
+    """Insert an operator into the same half of a joint graph as ``like``."""
+    node = graph.call_function(target, tuple(args))
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"]))
     if "partitioner_tag" in like.meta:
         node.meta["partitioner_tag"] = like.meta["partitioner_tag"]
     return node

@@ -88,6 +88,8 @@ SHARING = {"getitem"} | {
     for n in (
         "view", "_unsafe_view", "reshape", "permute", "t", "transpose", "unsqueeze", "squeeze", "expand",
         "select", "slice", "unbind", "alias", "detach", "split", "split_with_sizes", "as_strided",
+        "diagonal", "unfold", "view_as_real", "view_as_complex", "_reshape_alias", "narrow", "movedim",
+        "_conj", "real", "imag", "lift_fresh", "contiguous",
     )
 }  # fmt: skip
 """Operators whose result shares the memory of their first argument, or may."""

@@ -179,9 +179,9 @@ def _is_product(node: Node) -> bool:
 def _product(node: Node) -> Product:
     value = node.meta["val"]
     first = value if isinstance(value, Tensor) else next(v for v in value if isinstance(v, Tensor))
-    tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     if op_name(node) in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
-        a, b = tensors[-2], tensors[-1]
+        operands: Any = [x for x in node.args if isinstance(x, Node)][-2:]
+        a, b = (x.meta["val"] for x in operands)
         batch = Amount.of(a.shape[0] if a.dim() == 3 else 1)
         rows, inner, columns = (Amount.of(n) for n in (*a.shape[-2:], b.shape[-1]))
         flops = Amount.of(2) * batch * rows * inner * columns

@@ -29,10 +29,10 @@ class Place(NamedTuple):
 def places_of(module: nn.Module) -> dict[str, Place]:
     """The parameters of a module that are rows of stacks, by name."""
     kind = type(module)
-    if not issubclass(kind, _Member) or not kind._rows:
+    if not issubclass(kind, _Member) or not kind._hwbp_rows:
         return {}
     (model,), row = module.__dict__[_HOLDER], module.__dict__[_ROW]
-    return {name: Place(model, stack, row) for name, stack in kind._rows}
+    return {name: Place(model, stack, row) for name, stack in kind._hwbp_rows}
 
 
 def stacks_of(module: nn.Module) -> tuple[str, ...]:
@@ -50,7 +50,9 @@ def place(module: nn.Module, model: nn.Module, row: int, stacks: dict[str, str])
 def hold(model: nn.Module, stacks: Sequence[str]) -> None:
     """Let these parameters of a model, and no others, be stacks."""
     model.__dict__[_STACKS] = tuple(stacks)
-    model.__class__ = _member_class(former_class(model), getattr(type(model), "_rows", ()))
+    kind = type(model)
+    rows = kind._hwbp_rows if issubclass(kind, _Member) else ()
+    model.__class__ = _member_class(former_class(model), rows)
 
 
 def release(module: nn.Module) -> None:
@@ -69,7 +71,7 @@ def former_class(module: nn.Module) -> type[nn.Module]:
 class _Member(nn.Module):
     """What the classes of these modules add to the modules' own."""
 
-    _rows: tuple[tuple[str, str], ...] = ()
+    _hwbp_rows: tuple[tuple[str, str], ...] = ()
     """Names of the parameters that are rows, each with its stack's."""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -90,16 +92,22 @@ class _Member(nn.Module):
         error_msgs: list[str],
     ) -> None:
         places = {prefix + name: at for name, at in places_of(self).items()}
-        others = {key: value for key, value in state_dict.items() if key not in places}
         missing: list[str] = []
+        unexpected: list[str] = []
+        # The dictionary itself: what is inherited, or a hook, may rename its keys.
         super()._load_from_state_dict(
-            others, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing, unexpected, error_msgs
         )
+        unexpected_keys.extend(key for key in unexpected if key not in places)
         stacks = {prefix + name for name in stacks_of(self)}
         missing_keys.extend(key for key in missing if key not in stacks)
         for key, at in places.items():
             row = at.value().detach()
-            if key not in state_dict:
+            if local_metadata.get("assign_to_params_buffers", False):
+                error_msgs.append(
+                    f"{key} is a row of a stack and cannot be assigned: unstack_parameters first."
+                )
+            elif key not in state_dict:
                 if strict:
                     missing_keys.append(key)
             elif state_dict[key].shape != row.shape:
@@ -108,8 +116,21 @@ class _Member(nn.Module):
             else:
                 row.copy_(state_dict[key].detach())
 
+    def requires_grad_(self, requires_grad: bool = True) -> _Member:
+        """Of the whole model only.
+
+        Raises:
+            RuntimeError: parameters of this module are rows of stacks, which can only be frozen as a whole.
+        """
+        if places_of(self):
+            raise RuntimeError(
+                f"Parameters of this {former_class(self).__name__} are rows of stacks and cannot be frozen "
+                "by themselves: call unstack_parameters on the model, freeze, and stack the rest."
+            )
+        return super().requires_grad_(requires_grad)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (former_class(self), self._rows), self.__dict__.copy()
+        return _rebuild, (former_class(self), type(self)._hwbp_rows), self.__dict__.copy()
 
 
 _Rows = tuple[tuple[str, str], ...]
@@ -118,7 +139,7 @@ _CLASSES: dict[tuple[type[nn.Module], _Rows], type[nn.Module]] = {}
 
 def _member_class(base: type[nn.Module], rows: _Rows) -> type[nn.Module]:
     if (base, rows) not in _CLASSES:
-        own: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "_rows": rows}
+        own: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "_hwbp_rows": rows}
         own |= {name: _row_property(stack) for name, stack in rows}
         _CLASSES[base, rows] = type(base.__name__, (_Member, base), own)
     return _CLASSES[base, rows]

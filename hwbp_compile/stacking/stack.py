@@ -46,6 +46,9 @@ def stack_parameters(model: nn.Module) -> Stacking:
     normalise each tensor. Gradients arrive on the stacks; the blocks' views have none. Other backends, and
     eager torch, add up the gradients of the rows one by one, each as large as the stack, which is slow.
 
+    What is done to a part of the model does not reach its rows: freeze, move or cast the whole model, or
+    unstack it first.
+
     Parameters that are shared, do not require gradients, have hooks, are parametrized, of a subclass of
     ``nn.Parameter``, or of ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, are left out.
 
@@ -67,8 +70,8 @@ def stack_parameters(model: nn.Module) -> Stacking:
         name = _free_name(model, f"stacked_{suffix}")
         values = list(column.values())
         stack = nn.Parameter(torch.stack([p.detach() for p in values]))
-        if all(p.grad is not None for p in values):
-            stack.grad = torch.stack([p.grad for p in values if p.grad is not None])
+        if any(p.grad is not None for p in values):
+            stack.grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in values])
         model.register_parameter(name, stack)
         for row, path in enumerate(column):
             owner, _, short = path.rpartition(".")
@@ -88,17 +91,22 @@ def unstack_parameters(model: nn.Module) -> None:
     """Undo :func:`stack_parameters`: every block has parameters of its own again, with their gradients.
 
     Raises:
-        ValueError: an optimizer has the stacks.
+        ValueError: an optimizer has the stacks, or this is only a part of the model that holds them.
     """
     model = _original(model)
     members = [(m, places) for m in model.modules() if (places := places_of(m))]
     stacks = {(id(at.model), at.stack): at for _, places in members for at in places.values()}
+    inside = set(model.modules())
+    if any(at.model not in inside for at in stacks.values()):
+        raise ValueError(
+            "unstack_parameters needs the model that stack_parameters was given, not a part of it."
+        )
     _refuse_optimizers([_stack(at) for at in stacks.values()], "unstack_parameters")
     for module, places in members:
         release(module)
         for short, at in places.items():
             stack = _stack(at)
-            own = nn.Parameter(stack.detach()[at.row].clone())
+            own = nn.Parameter(stack.detach()[at.row].clone(), requires_grad=stack.requires_grad)
             if stack.grad is not None:
                 own.grad = stack.grad[at.row].clone()
             module.register_parameter(short, own)
@@ -134,6 +142,8 @@ def _columns(model: nn.Module, done: Stacking) -> Iterator[tuple[str, dict[str, 
 
 def _why_not(model: nn.Module, name: str, p: nn.Parameter, uses: Counter[int]) -> str:
     module, _ = _owner(model, name)
+    if name.rpartition(".")[2] in stacks_of(module):
+        return "is a stack"
     if places_of(module):
         return "belongs to a module with parameters in stacks"
     if uses[id(p)] > 1:
