@@ -272,3 +272,72 @@ def test_copies_that_are_needed(returned: str, expected: int) -> None:
     for a, b in zip(after, before, strict=True):
         torch.testing.assert_close(a, b)
     assert len({t.untyped_storage().data_ptr() for t in (rows, *after)}) == 1 + len(after)
+
+
+class Parts(nn.Module):
+    """The gradients of ``x`` and ``y`` are two shapes of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+        self.y = nn.Parameter(torch.randn(2, 6, dtype=torch.float64))
+        self.chain = nn.Sequential(*Mlp(6).h).double()
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = torch.stack([self.x[i].clone() for i in range(4)])
+        return (rows.view(2, 6) + self.y).square().sum() + self.chain(z).sum()
+
+
+def test_accumulated_gradients() -> None:
+    model, z = Parts(), torch.randn(3, WIDTH).double()
+    forward = compiled_with_counts(model, apply="always", iterations=2)[0]
+    forward(z).backward()
+    once = model.x.grad.clone()
+    forward(z).backward()
+    torch.testing.assert_close(model.x.grad, 2 * once)
+
+
+def test_parts_of_models() -> None:
+    model = nn.ModuleList([Mlp(), Mlp()])
+    for part in model:
+        stack_parameters(part)
+    done = stack_parameters(model)
+    assert done.left_out["0.stacked_h_up_weight"] == "is a stack"
+    model[0](torch.randn(3, WIDTH))
+    with pytest.raises(ValueError, match="not a part"):
+        unstack_parameters(model[0].h[0])
+    with pytest.raises(RuntimeError, match="call unstack_parameters on the model"):
+        model[0].h[0].up.requires_grad_(False)
+    model.requires_grad_(False)
+    unstack_parameters(model)
+    assert not model[0].h[0].up.weight.requires_grad
+
+
+def test_keys_renamed_while_loading() -> None:
+    model, other = Mlp(), Mlp()
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for key in [k for k in state if k.startswith("old.")]:
+            state[key.removeprefix("old.")] = state.pop(key)
+
+    model.register_load_state_dict_pre_hook(rename)
+    stack_parameters(model)
+    model.load_state_dict({f"old.{k}": v for k, v in other.state_dict().items()})
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
+
+
+def test_a_few_rows_of_many() -> None:
+    """Of a large table with few rows used, the sum stays a sum; rows of any length are joined."""
+    table = torch.randn(50, 4, requires_grad=True)
+    forward, counts = compiled_with_counts(lambda x: (table[0] * table[7] * x).sin(), apply="never")
+    forward(torch.randn(4)).sum().backward()
+    assert counts["aten::select_scatter"] == 2
+    for n in (5, 6):
+        rows = torch.randn(4, n, requires_grad=True)
+        torch.compile(
+            lambda x: (x[0] * x[2]).sin().sum(), backend="highway", options={"codegen": "eager"}, dynamic=True
+        )(rows).backward()
+        expected = (rows[0] * rows[2]).cos() * rows[2]
+        torch.testing.assert_close(rows.grad[0], expected)
+        assert not rows.grad[1].any()
