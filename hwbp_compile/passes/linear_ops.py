@@ -84,6 +84,9 @@ register_linear(
 )
 register_linear("convolution", FIRST)
 
+MATRIX_PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
+"""Products of matrices, alone or in batches, which are their last two operands."""
+
 PRODUCTS = {
     "prims::fma": (0, 1, 2),
     "aten::addcmul": (1, 2, 0),

@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import _compat
-from .linear_ops import op_name
+from .linear_ops import MATRIX_PRODUCTS, op_name
 from .shared_stacks import shared_stacks
 from .views import STACKED, Row, concatenated, is_view, row_of
-
-_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
 def restack(graph: Graph) -> int:
@@ -59,7 +57,7 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     made = _slice(graph, node, rows, flat=not split)
     replaced = views if split else [node]
     users = [user for old in replaced for user in old.users]
-    only_products = all(user.op != "output" and op_name(user) in _PRODUCTS for user in users)
+    only_products = all(user.op != "output" and op_name(user) in MATRIX_PRODUCTS for user in users)
     if not made.meta["val"].is_contiguous() and not only_products:
         return False  # a view further on may have been recorded for a tensor of other strides
     owner = rows[0].base

@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.utils.flop_counter import flop_registry
 
 from .. import _compat
-from .linear_ops import op_name
+from .linear_ops import MATRIX_PRODUCTS, op_name
 from .views import SHARING
 
 _FREE = {*SHARING, "aten::full", "aten::sym_size"}
@@ -179,7 +179,7 @@ def _is_product(node: Node) -> bool:
 def _product(node: Node) -> Product:
     value = node.meta["val"]
     first = value if isinstance(value, Tensor) else next(v for v in value if isinstance(v, Tensor))
-    if op_name(node) in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
+    if op_name(node) in MATRIX_PRODUCTS:
         operands: Any = [x for x in node.args if isinstance(x, Node)][-2:]
         a, b = (x.meta["val"] for x in operands)
         batch = Amount.of(a.shape[0] if a.dim() == 3 else 1)

@@ -72,9 +72,10 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
 
     iterated = rest + work_of(own, is_slice)
-    handed_over = _TENSOR * _boundary(graph, set(backward)) * _operator(device)
-    seconds = (seconds_of(work, device) + handed_over for work in (exact, iterated))
-    return Comparison(exact, iterated, *seconds)
+    tensors = _boundary(graph, set(backward))
+    return Comparison(
+        exact, iterated, seconds_of(exact, device, tensors), seconds_of(iterated, device, tensors)
+    )
 
 
 def _boundary(graph: Graph, backward: set[Node]) -> int:
@@ -100,13 +101,14 @@ def _live(graph: Graph, schedule: Schedule) -> set[Node]:
     return live
 
 
-def seconds_of(work: Work, device: torch.device) -> float:
-    """The time that some work is expected to take."""
+def seconds_of(work: Work, device: torch.device, tensors: int) -> float:
+    """The time that some work is expected to take, of a graph that takes and returns so many tensors."""
     threads = torch.get_num_threads()
     with _compat.outside_of_tracing():
-        call = _CALL * operator_seconds(device, threads)
+        operator = operator_seconds(device, threads)
+        call = _CALL * operator
         moved = work.bytes.value
-        total = work.kernels * call
+        total = tensors * _TENSOR * operator + work.kernels * call
         if moved:
             total += moved / bandwidth(device, threads, _power(moved / max(work.kernels, 1)), fresh=False)
         for product in work.products:
@@ -116,11 +118,6 @@ def seconds_of(work: Work, device: torch.device) -> float:
                 rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch)
                 total += product.flops.value / rate + call / 2
     return total
-
-
-def _operator(device: torch.device) -> float:
-    with _compat.outside_of_tracing():
-        return operator_seconds(device, torch.get_num_threads())
 
 
 def _power(value: float) -> int:

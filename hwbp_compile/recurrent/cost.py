@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from .. import _compat
 from ..errors import CannotRewrite
-from ..passes.linear_ops import op_name
+from ..passes.linear_ops import MATRIX_PRODUCTS, op_name
 from ..passes.program import externals_of
 from ..rates import BUDGET, bandwidth, now, operator_seconds, product_rate
 from .backward import EXACT, Cotangent, Settings
@@ -41,9 +41,6 @@ def _enough(threads: int) -> float:
     On several threads what is predicted is less certain, and in the mean too little.
     """
     return 0.95 if threads == 1 else 0.85
-
-
-_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +280,7 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
     state = sum(x.numel() for x in carry)
     read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
     speed = bandwidth(case.device, case.threads, _bytes(case, steps * state))
-    operators = 6 + 2 * sum(op_name(n) in _PRODUCTS for n in cell.block.nodes)
+    operators = 6 + 2 * sum(op_name(n) in MATRIX_PRODUCTS for n in cell.block.nodes)
     one = (
         product(cell.block.nodes, steps=math.ceil(steps / swept)) * swept
         + _bytes(case, steps * (read + 6 * state)) / speed
@@ -314,7 +311,7 @@ def _products_seconds(nodes: Sequence[Node], case: Case, steps: int) -> float:
     """Of all products among the nodes, each for all steps at once."""
     total = 0.0
     for node in nodes:
-        if node.op == "call_function" and op_name(node) in _PRODUCTS:
+        if node.op == "call_function" and op_name(node) in MATRIX_PRODUCTS:
             a, b = (n for n in node.all_input_nodes[-2:])
             many = math.prod(a.meta["val"].shape[:-2])
             (rows, inner), columns = a.meta["val"].shape[-2:], b.meta["val"].shape[-1]
