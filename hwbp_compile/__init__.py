@@ -1,19 +1,29 @@
 """hwbp_compile: a ``torch.compile`` backend that runs the backward pass of residual models in parallel."""
 
+from .control.monitor import monitor as monitor
+from .control.schedule import IterationsSchedule as IterationsSchedule
+from .control.settings import set_iterations as set_iterations
 from .errors import OptionError as OptionError
 from .options import Options as Options
 from .options import list_options as list_options
 from .report.explain import explain as explain
+from .report.fidelity import Fidelity as Fidelity
+from .report.fidelity import fidelity as fidelity
 from .solvers import solve as solve
 from .stacking import stack_parameters as stack_parameters
 from .stacking import unstack_parameters as unstack_parameters
 
 __version__ = "0.1.0"
 __all__ = [
+    "Fidelity",
+    "IterationsSchedule",
     "OptionError",
     "Options",
     "explain",
+    "fidelity",
     "list_options",
+    "monitor",
+    "set_iterations",
     "solve",
     "stack_parameters",
     "unstack_parameters",

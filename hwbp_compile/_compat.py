@@ -7,11 +7,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import fx
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -219,7 +221,12 @@ def compile_op_by_op(
         for each in (*user_passes, graph_pass):
             each(joint.graph)
         joint.recompile()
-        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+        for node in backward.graph.nodes:
+            if node.meta.get(_UNSEEN):
+                node.target = _write_unseen
+        backward.recompile()
+        return forward, backward
 
     return _trace_with_aot(gm, example_inputs, partition)
 
@@ -236,6 +243,95 @@ def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> l
 
     _trace_with_aot(gm, example_inputs, partition)
     return joints
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph of Dynamo's, and of the graphs in it, that can be compiled in its place."""
+    copy = copy_graph_module(gm)
+    for name, inner in gm.named_children():
+        if isinstance(inner, fx.GraphModule):
+            setattr(copy, name, copy_dynamo_graph(inner))
+    copy.meta = dict(gm.meta)
+    for name, value in gm.__dict__.items():
+        copy.__dict__.setdefault(name, value)
+    for old, new in zip(gm.graph.nodes, copy.graph.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copy
+
+
+def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, like: Sequence[Any]) -> torch.Tensor:
+    """Add a last input to a copy of a graph of Dynamo's: one that no variable of the user's is the source of.
+
+    Args:
+        gm: changed in place.
+        name: the input's.
+        value: a tensor of its shape, which is fixed.
+        like: the fake tensors that the graph is compiled with.
+
+    Returns:
+        The fake tensor for it.
+    """
+    mode = _fake_mode([x for x in like if isinstance(x, torch.Tensor)])
+    fake: torch.Tensor = value if mode is None else mode.from_tensor(value, static_shapes=True)
+    graph = gm.graph
+    inputs = graph.find_nodes(op="placeholder")
+    first = next(iter(graph.nodes))
+    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(first):
+        node = graph.placeholder(name)
+    node.meta.update(example_value=fake, val=fake)
+    node._dynamo_source = None
+    gm.recompile()
+    return fake
+
+
+def fake_inputs(gm: fx.GraphModule, given: Sequence[Any]) -> list[Any]:
+    """What Dynamo traced a graph with, as fake tensors and symbolic sizes.
+
+    ``given`` are the example inputs that it hands over, which are real tensors; they stand in for what has no
+    value.
+    """
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return [node.meta.get("example_value", x) for node, x in zip(nodes, given, strict=True)]
+
+
+def real_inputs(gm: fx.GraphModule) -> list[Any]:
+    """What Dynamo traced a graph with, as far as it tells; None for the rest."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [getattr(argument, "example", None) for argument in arguments]
+
+
+def compile_later(compile: Callable[[], T], example_inputs: Sequence[Any]) -> tuple[T, bool]:
+    """Compile for fake inputs after Dynamo, which had made them, is done.
+
+    Returns:
+        The result, and whether it holds for all inputs that Dynamo would pass on: no new condition on a
+        symbolic size was met.
+    """
+    from torch._guards import TracingContext, tracing
+
+    mode = _fake_mode([x for x in example_inputs if isinstance(x, torch.Tensor)])
+    if mode is None:
+        return compile(), True
+    before = 0 if mode.shape_env is None else len(mode.shape_env.guards)
+    with tracing(TracingContext(mode)):
+        result = compile()
+    return result, mode.shape_env is None or len(mode.shape_env.guards) == before
+
+
+_UNSEEN = "highway_unseen"
+
+
+def _write_unseen(memory: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """As generated code writes: autograd, which has saved ``memory``, does not take it for changed."""
+    memory.data.copy_(value)
+    return memory
+
+
+def write_in_backward(graph: fx.Graph, memory: fx.Node, value: fx.Node) -> None:
+    """Have the backward half of a joint graph write ``value`` to an input, at the point of insertion."""
+    node = graph.call_function(torch.ops.aten.copy_.default, (memory, value))
+    node.meta.update({"val": memory.meta["val"], "partitioner_tag": "must_be_in_backward", _UNSEEN: True})
 
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:

@@ -13,8 +13,10 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from . import _compat
+from .control.variants import Variants
 from .options import Options, parse_options
 from .passes.pipeline import rewrite, simplified
+from .passes.record import drop_observations
 from .passes.row_gradients import join_row_gradients
 from .recurrent.capture import MARK, install, settle
 from .recurrent.scans import trained_scans
@@ -39,16 +41,25 @@ def highway(
         OptionError: an option has a wrong name, type or value.
     """
     ours, inductor = parse_options(options, mode)
-    settle(gm, ours)
-    by_op = ours.codegen == "eager"
-    if not by_op and trained_scans(gm):
-        log.warning(
-            "A scan stays torch's own, and Inductor computes wrong gradients for some of these, so its graph "
-            "runs op by op. hwbp_compile.explain says why it is left."
-        )
-        by_op = True
-    compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
-    return compiler(gm, example_inputs, inductor, HighwayPass(ours))
+
+    def compile(
+        gm: GraphModule, inputs: Sequence[Any], options: Options, keeps_records: bool
+    ) -> Callable[..., Any]:
+        settle(gm, options)
+        by_op = options.codegen == "eager"
+        if not by_op and trained_scans(gm):
+            log.warning(
+                "A scan stays torch's own, and Inductor computes wrong gradients for some of these, so its "
+                "graph runs op by op. hwbp_compile.explain says why it is left."
+            )
+            by_op = True
+        compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
+        compiled: Callable[..., Any] = compiler(gm, inputs, inductor, HighwayPass(options, keeps_records))
+        return compiled
+
+    variants = Variants(gm, example_inputs, ours, compile)
+    variants.compile_first(example_inputs)
+    return variants
 
 
 setattr(highway, MARK, True)
@@ -58,15 +69,19 @@ install()
 class HighwayPass:
     """The rewrite as a pass over joint graphs, with an identity that caches can rely on."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, keeps_records: bool = False) -> None:
         self.options = options
+        self.keeps_records = keeps_records
+        """Whether the last input of the graph is memory for :mod:`.passes.record`."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
-        if self.options.iterations == "exact" or self.options.apply == "never":
+        options = self.options
+        if (options.iterations == "exact" and not options.watch) or options.apply == "never":
+            drop_observations(graph)
             simplified(graph, join_row_gradients)
             return
-        log_record(rewrite(graph, self.options), graph)
+        log_record(rewrite(graph, options, keeps_records=self.keeps_records), graph)
 
     def uuid(self) -> Any:
         """Changes with any option, any of our sources and the version of torch."""
@@ -74,7 +89,8 @@ class HighwayPass:
             "hwbp_compile",
             _source_hash(),
             torch.__version__,
-            tuple(sorted(self.options.to_dict().items(), key=str)),
+            str(self.options),
+            self.keeps_records,
         )
 
 

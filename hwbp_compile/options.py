@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from . import _compat
@@ -23,8 +24,10 @@ class Options:
         OptionError: a value has a wrong type or is out of range.
     """
 
-    iterations: int | Literal["exact"] = _option(
-        4, 'the paper\'s k: int >= 0 (over time 2 by default), or "exact" for no approximation'
+    iterations: int | Literal["exact", "auto"] = _option(
+        4,
+        'the paper\'s k: int >= 0 (over time 2 by default), "exact" for no approximation, '
+        'or "auto" to choose it while training',
     )
     gamma: float = _option(
         0.0, "share of the residual path counted as part of the block, in [0, 1]; 1 is fixed-point iteration"
@@ -41,32 +44,41 @@ class Options:
         '"auto" iterates only where that is expected to be faster; '
         '"always" rewrites what it can, "never" leaves all exact',
     )
+    tolerance: float = _option(
+        0.05, 'with iterations="auto": the relative change of the cotangents that one more iteration may make'
+    )
+    max_iterations: int = _option(8, 'with iterations="auto": the largest k; exact where it does not suffice')
     codegen: Literal["inductor", "eager"] = _option(
         "inductor", '"inductor" generates code, "eager" runs the rewritten graph op by op, for debugging'
     )
 
+    watch: int = 0
+    """With ``iterations="exact"``: so many iterations are made to record their steps only. No option."""
     given: frozenset[str] = frozenset()
     """The names of those that the user gave; no option itself."""
 
     def __post_init__(self) -> None:
-        if self.iterations != "exact":
-            _check_int("iterations", self.iterations, 0, ' or "exact"')
+        if self.iterations not in ("exact", "auto"):
+            _check_int("iterations", self.iterations, 0, ', "exact" or "auto"')
+        _check_int("max_iterations", self.max_iterations, 1)
+        _check_number("tolerance", self.tolerance, 0.0, math.inf)
         _check_int("group_size", self.group_size, 1)
         _check_int("exact_tail", self.exact_tail, 0)
         _check_int("min_blocks", self.min_blocks, 1)
-        if (
-            isinstance(self.gamma, bool)
-            or not isinstance(self.gamma, (int, float))
-            or not 0 <= self.gamma <= 1
-        ):
-            raise OptionError(f"Option gamma must be a number in [0, 1], but is {self.gamma!r}.")
+        _check_number("gamma", self.gamma, 0.0, 1.0)
         object.__setattr__(self, "gamma", float(self.gamma))
         _check_choice("apply", self.apply, ("auto", "always", "never"))
         _check_choice("codegen", self.codegen, ("inductor", "eager"))
 
     def to_dict(self) -> dict[str, Any]:
         """The options by name."""
-        return {name: value for name, value in asdict(self).items() if name != "given"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata}
+
+    def shown(self) -> Options:
+        """The options for looking at a graph: with "auto", which k it will be is not known yet."""
+        if self.iterations != "auto":
+            return self
+        return replace(self, iterations=min(4, self.max_iterations), given=self.given | {"iterations"})
 
     def over_time(self) -> Options:
         """The options for chains over time, whose defaults are others.
@@ -83,6 +95,13 @@ _OVER_TIME: dict[str, Any] = {"iterations": 2, "group_size": 8}
 def _check_int(name: str, value: Any, low: int, alternative: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise OptionError(f"Option {name} must be an integer >= {low}{alternative}, but is {value!r}.")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float))
+    if wrong or not low <= value <= high:
+        allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f">= {low:g}"
+        raise OptionError(f"Option {name} must be a number {allowed}, but is {value!r}.")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -48,8 +48,8 @@ def recorded() -> Iterator[list[Record]]:
     records: list[Record] = []
     original = hwbp_compile.backend.rewrite
 
-    def rewrite(*args: Any) -> Record:
-        records.append(original(*args))
+    def rewrite(*args: Any, **kwargs: Any) -> Record:
+        records.append(original(*args, **kwargs))
         return records[-1]
 
     with mock.patch.object(hwbp_compile.backend, "rewrite", rewrite):

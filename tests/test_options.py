@@ -20,7 +20,7 @@ from hwbp_compile.options import parse_options
         ({"iteration": 3}, "Option 'iteration' is unknown; did you mean 'iterations'?"),
         ({"max_autotun": True}, "did you mean 'max_autotune'?"),
         ({"zzzzzz": True}, "the options are apply, codegen, exact_tail, gamma"),
-        ({"iterations": -1}, 'iterations must be an integer >= 0 or "exact", but is -1.'),
+        ({"iterations": -1}, 'iterations must be an integer >= 0, "exact" or "auto", but is -1.'),
         ({"iterations": 2.0}, "but is 2.0."),
         ({"iterations": True}, "but is True."),
         ({"iterations": "all"}, "but is 'all'."),
@@ -29,6 +29,8 @@ from hwbp_compile.options import parse_options
         ({"group_size": 0}, "group_size must be an integer >= 1, but is 0."),
         ({"exact_tail": -1}, "exact_tail must be an integer >= 0"),
         ({"min_blocks": 0}, "min_blocks must be an integer >= 1"),
+        ({"max_iterations": 0}, "max_iterations must be an integer >= 1"),
+        ({"tolerance": -0.1}, "tolerance must be a number >= 0, but is -0.1."),
         ({"apply": "sometimes"}, "apply must be one of 'auto', 'always', 'never', but is 'sometimes'."),
         ({"codegen": "triton"}, "codegen must be one of 'inductor', 'eager'"),
         ({"max_autotune": 3}, "max_autotune (of Inductor) must be of type bool, but is 3."),
@@ -84,6 +86,8 @@ def test_list_options() -> None:
         "exact_tail",
         "min_blocks",
         "apply",
+        "tolerance",
+        "max_iterations",
         "codegen",
     }
     for entry in listed.values():

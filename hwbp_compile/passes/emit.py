@@ -21,6 +21,7 @@ from ..solvers import solve
 from ..stage import GRADIENTS, stage
 from .classes import value_text
 from .depth_system import DepthSystem
+from .graft import graft
 from .linear import LinearPart
 from .linear_ops import same_shape
 from .parameter_gradients import (
@@ -52,6 +53,8 @@ class Schedule:
 def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[Node]) -> Schedule:
     """Trace the solver for one chain. The joint graph is only read; ``taken`` are the nodes of all chains.
 
+    With ``options.watch`` it takes no one's place: only the steps of its iterations are recorded.
+
     Raises:
         CannotRewrite: an operator of a block cannot be batched.
     """
@@ -71,6 +74,8 @@ def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[
         given = dict(zip(nodes, values, strict=True))
         system = DepthSystem(chain, given.__getitem__)
         w = solve(system, iterations=iterations, gamma=options.gamma, group_size=options.group_size)
+        if options.watch:
+            return ()
         replaced.extend(exits(chain))
         states = [row for component in w for row in component[1:].unbind(0)]
         rows = [in_place_of(node, row) for node, row in zip(replaced, states, strict=True)]
@@ -165,25 +170,11 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
     Returns:
         The new nodes.
     """
-    output = next(n for n in graph.nodes if n.op == "output")
-    environment: dict[Node, Node] = {}
-    inputs = iter(schedule.inputs)
-    new: list[Node] = []
-    results: tuple[Node, ...] = ()
+    (output,) = graph.find_nodes(op="output")
     with graph.inserting_before(output):
-        for node in schedule.graph_module.graph.nodes:
-            if node.op == "placeholder":
-                source = next(inputs)
-                environment[node] = present(source, renamed)
-            elif node.op == "output":
-                results = tuple(environment[n] for n in node.args[0])
-            else:
-                if node.op == "get_attr":
-                    environment[node] = _move_constant(graph, schedule.graph_module, node)
-                else:
-                    environment[node] = graph.node_copy(node, environment.__getitem__)
-                environment[node].meta["partitioner_tag"] = "is_backward"
-                new.append(environment[node])
+        new, results = graft(
+            graph, schedule.graph_module, [present(source, renamed) for source in schedule.inputs]
+        )
     inserted = set(new)
     for group in schedule.summed:
         keep_one_term(graph, group, renamed)
@@ -191,13 +182,3 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
         before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inserted)
         renamed[before] = after
     return new
-
-
-def _move_constant(graph: Graph, source: GraphModule, node: Node) -> Node:
-    owner = graph.owning_module
-    assert owner is not None
-    name = f"_highway_constant_{sum(k.startswith('_highway_constant_') for k in owner.__dict__)}"
-    setattr(owner, name, getattr(source, str(node.target)))
-    copy = graph.get_attr(name)
-    copy.meta.update(node.meta)
-    return copy

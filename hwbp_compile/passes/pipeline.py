@@ -13,12 +13,14 @@ from .. import _compat
 from ..chain import Chain, Refusal
 from ..errors import CannotRewrite
 from ..options import Options
+from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
+from .record import observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
 from .worth import Comparison, compare
@@ -49,24 +51,24 @@ class Record:
     needs_gradient: bool = True
 
 
-def rewrite(graph: Graph, options: Options) -> Record:
-    """Rewrite all chains of a joint graph in place.
+def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> Record:
+    """Rewrite all chains of a joint graph in place; its last input may be memory for :mod:`.record`.
 
     Nothing is changed before a chain's whole schedule is traced, so whatever goes wrong leaves it exact.
     """
-    record = Record()
+    done = Record()
     clock = time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal clock
         now = time.perf_counter()
-        record.seconds[name] = record.seconds.get(name, 0.0) + now - clock
+        done.seconds[name] = done.seconds.get(name, 0.0) + now - clock
         clock = now
 
     simplified(graph, join_row_gradients)
     lap("join")
     part = linear_part(graph)
-    record.needs_gradient = bool(part.order)
+    done.needs_gradient = bool(part.order)
     found = list(find_chains(part))
     if any(op_name(n) == "aten::as_strided" for n in part.order if n.op == "call_function"):
         # Its result depends on where in memory its operand lies, and the new cotangents lie elsewhere.
@@ -74,14 +76,17 @@ def rewrite(graph: Graph, options: Options) -> Record:
     lap("find")
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     for each in found:
-        record.outcomes.append(_worth_it(graph, _plan(each, options, part, taken), options))
+        done.outcomes.append(_worth_it(graph, _plan(each, options, part, taken), options))
         lap("trace")
-    if any(outcome.schedule is not None for outcome in record.outcomes):
-        record.outcomes = _insert_all(graph, record.outcomes)
+    if any(outcome.schedule is not None for outcome in done.outcomes):
+        done.outcomes = _insert_all(graph, done.outcomes)
         lap("insert")
+    _record(graph, done.outcomes, keeps_records)
+    lap("record")
+    if any(outcome.schedule is not None for outcome in done.outcomes):
         simplified(graph, restack)
         lap("restack")
-    return record
+    return done
 
 
 def simplified(graph: Graph, simplify: Callable[[Graph], object]) -> None:
@@ -95,6 +100,22 @@ def simplified(graph: Graph, simplify: Callable[[Graph], object]) -> None:
     except Exception:
         log.warning("%s is left out after an internal error.", simplify.__name__, exc_info=True)
         _compat.restore_graph(graph, backup)
+
+
+def _record(graph: Graph, outcomes: list[Outcome], keep: bool) -> None:
+    """Collect what the iterations recorded; nothing is, if that fails."""
+    over_depth = [n for outcome in outcomes for n in outcome.new if n.target is OBSERVE]
+    known = set(over_depth)
+    try:
+        over_time = [n for n in observations(graph) if n not in known]
+        record(graph, over_time, over_depth, keep=keep)
+    except _compat.restart_exceptions():
+        raise
+    except Exception:
+        log.warning("The error of the iterations is not recorded after an internal error.", exc_info=True)
+        for node in observations(graph):
+            graph.erase_node(node)
+        graph.eliminate_dead_code()
 
 
 def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
@@ -129,6 +150,8 @@ def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set
     """Decide on one chain and trace its schedule."""
     if isinstance(found, Refusal):
         return Outcome(found, found.reason)
+    if options.watch:
+        options = replace(options, iterations=options.watch, apply="always")
     reason = reason_to_leave_exact(found, options)
     if reason is not None:
         return Outcome(found, reason)
@@ -148,7 +171,7 @@ def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set
 
 def _worth_it(graph: Graph, outcome: Outcome, options: Options) -> Outcome:
     """Leave a chain exact that is not expected to be faster iterated."""
-    if outcome.schedule is None or options.apply != "auto":
+    if outcome.schedule is None or options.apply != "auto" or options.watch:
         return outcome
     try:
         comparison = compare(graph, outcome.schedule)

@@ -14,6 +14,7 @@ from ..passes.program import BlockProgram
 from ..scan import linear_scan
 from ..solvers import solve
 from ..stage import GRADIENTS, stage
+from ..system import State
 from .cell_graph import CellGraph, linear_in
 from .recurrence import kernel_program, recurrence
 from .time_system import CellReplay, TimeSystem
@@ -30,6 +31,8 @@ class Settings:
     gamma: float = 0.0
     group_size: int = 1
     exact_tail: int = 0
+    watch: int = 0
+    """Beside an exact pass: so many iterations, made to record their steps only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,19 @@ def cell_backward(
         else c.last
         for c, x in zip(cotangents, cell.carry, strict=True)
     )
+    later = tuple(None if c.before is None else c.before.flip(0) for c in cotangents)
+
+    def iterated(iterations: int) -> State:
+        return solve(
+            TimeSystem(cell, replay, replay.steps, first, later),
+            iterations=iterations,
+            gamma=settings.gamma,
+            group_size=settings.group_size,
+            exact_tail=settings.exact_tail,
+        )
+
+    if settings.watch:
+        iterated(settings.watch)
     if settings.iterations == EXACT:
         added = [c.before is not None for c in cotangents]
         more = [c.before for c in cotangents if c.before is not None]
@@ -97,15 +113,7 @@ def cell_backward(
         after = [x[1:] for x in states] if keeps else None
         carry = [x[0] for x in states] if keeps else states
     else:
-        later = tuple(None if c.before is None else c.before.flip(0) for c in cotangents)
-        system = TimeSystem(cell, replay, replay.steps, first, later)
-        w = solve(
-            system,
-            iterations=settings.iterations,
-            gamma=settings.gamma,
-            group_size=settings.group_size,
-            exact_tail=settings.exact_tail,
-        )
+        w = iterated(settings.iterations)
         after, carry = [component[:-1].flip(0) for component in w], [component[-1] for component in w]
     with stage(GRADIENTS):
         for node, cotangent in zip(cell.block.entry, after or (), strict=after is not None):

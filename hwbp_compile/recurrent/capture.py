@@ -138,15 +138,17 @@ def settle(gm: GraphModule, options: Options) -> list[Layer]:
 
 
 def _settings(options: Options, reason: str) -> Settings:
-    iterations = EXACT if reason or options.iterations == "exact" else options.iterations
-    return Settings(iterations, options.gamma, options.group_size, options.exact_tail)
+    iterations = options.iterations if not reason and isinstance(options.iterations, int) else EXACT
+    watch = 0 if reason else options.watch
+    return Settings(iterations, options.gamma, options.group_size, options.exact_tail, watch)
 
 
 def _unwanted(options: Options) -> str:
     """Why no chain is rewritten."""
     if options.apply == "never":
         return 'apply="never" leaves every chain exact'
-    return 'iterations="exact" leaves every chain exact' if options.iterations == "exact" else ""
+    exact = options.iterations == "exact" and not options.watch
+    return 'iterations="exact" leaves every chain exact' if exact else ""
 
 
 _RESIDUALS = {"gru": "gate", "lstm": "gate on a state of 2 tensors"}
@@ -174,7 +176,7 @@ def _too_slow(
     key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], options: Options
 ) -> str:
     """Why ``apply="auto"`` leaves it exact; empty if it does not."""
-    if options.apply != "auto":
+    if options.apply != "auto" or options.watch:
         return ""
     return why_exact_is_faster(inputs, carry, weights, key, _settings(options, ""))
 

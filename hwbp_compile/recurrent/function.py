@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 torch.library.define(
     "hwbp_compile::recurrent_cell",
     "(Tensor[] inputs, Tensor[] carry, Tensor[] weights, str cell, int iterations, float gamma, "
-    "int group_size, int exact_tail) -> Tensor[]",
+    "int group_size, int exact_tail, int watch) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -153,6 +153,7 @@ def recurrent_cell(
         settings.gamma,
         settings.group_size,
         settings.exact_tail,
+        settings.watch,
     )
     return found[: len(carry)], found[len(carry) :]
 

@@ -30,7 +30,7 @@ for _name in ("recurrent_layer", "library_layer"):
     torch.library.define(
         f"hwbp_compile::{_name}",
         "(Tensor x, Tensor[] carry, Tensor[] weights, str kind, int iterations, float gamma, "
-        "int group_size, int exact_tail) -> Tensor[]",
+        "int group_size, int exact_tail, int watch) -> Tensor[]",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
@@ -44,6 +44,7 @@ def recurrent_layer(
     gamma: float = 0.0,
     group_size: int = 1,
     exact_tail: int = 0,
+    watch: int = 0,
 ) -> list[Tensor]:
     """Run one layer in one direction.
 
@@ -53,6 +54,7 @@ def recurrent_layer(
         weights: as in :mod:`.cells`.
         kind: a name in :data:`.cells.STEPS`.
         iterations: the paper's k, for the backward pass; it and the others are the options of these names.
+        watch: so many iterations are made beside an exact pass, only to record their steps.
 
     Returns:
         The outputs ``[T, B, H]``, then the last state, like ``carry``.
@@ -61,7 +63,7 @@ def recurrent_layer(
         ValueError: there are no steps.
     """
     result: list[Tensor] = torch.ops.hwbp_compile.recurrent_layer.default(
-        x, carry, weights, kind, iterations, gamma, group_size, exact_tail
+        x, carry, weights, kind, iterations, gamma, group_size, exact_tail, watch
     )
     return result
 
@@ -72,16 +74,16 @@ def _recurrent_layer(
 ) -> list[Tensor]:
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         raise ValueError(f"A recurrent layer needs at least one time step, but its input is {list(x.shape)}.")
-    exact = settings[0] == EXACT
+    exact, watched = settings[0] == EXACT, settings[-1] > 0
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))
     reason = why_no_kernels(kind, [x[0]], carry, weights)
-    if not reason and exact and trains and not kernels_are_faster([x], carry, weights, kind):
+    if not reason and exact and trains and not watched and not kernels_are_faster([x], carry, weights, kind):
         reason = "its training pass takes less time here than our kernels"
     if not reason:
         states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
         return [own(states[0][1:]), *last]
     log.info("A recurrent layer is run by the library: %s", reason)
-    if exact and trains:
+    if exact and trains and not watched:
         return library_training(x, carry, weights, kind)
     result: list[Tensor] = torch.ops.hwbp_compile.library_layer.default(x, carry, weights, kind, *settings)
     return result
@@ -110,13 +112,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, output, *rest = ctx.saved_tensors
     carry, weights = rest[: ctx.carries], rest[ctx.carries :]
-    constants = (None,) * 5
-    if ctx.settings.iterations != EXACT:
+    constants = (None,) * 6
+    if ctx.settings.iterations != EXACT or ctx.settings.watch:
         try:
             # What autocast has to cast was cast before the layer.
             with stage(TIME), torch.autocast(x.device.type, enabled=False):
                 found = _parallel(x, carry, weights, output, grads, ctx.kind, ctx.settings)
-            return found.inputs[0], found.carry, found.weights, *constants
+            if ctx.settings.iterations != EXACT:
+                return found.inputs[0], found.carry, found.weights, *constants
         except CannotRewrite as refusal:
             # Such as a layer of one hidden unit, in which no product is left.
             log.info("The library's backward pass is used for a recurrent layer: %s", refusal)

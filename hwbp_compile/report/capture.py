@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _compat
 from ..options import Options
+from ..passes.record import drop_observations
 from ..recurrent.capture import MARK, Layer, install, settle
 from .fresh import copy_function, fresh_code
 from .keep import Kept, unchanged
@@ -102,6 +103,8 @@ def _analysis_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callabl
     layers = tuple(settle(gm, compiling.options)) if compiling is not None else ()
     try:
         joints = tuple(_compat.capture_joint_graphs(gm, example_inputs))
+        for joint in joints:
+            drop_observations(joint.graph)
     except _compat.restart_exceptions():
         raise
     except Exception as error:  # whatever the graph is, the call goes on and the report says so

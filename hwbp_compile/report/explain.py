@@ -55,8 +55,11 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         settings, _ = parse_options(compiled.options, compiled.mode)
     else:
         settings, _ = parse_options(options)
-    captured = capture(compiled.original, args, kwargs, settings, compiled.dynamic)
     notes = []
+    if settings.iterations == "auto":
+        settings = settings.shown()
+        notes.append(f'iterations="auto" chooses k while training; this is k = {settings.iterations}')
+    captured = capture(compiled.original, args, kwargs, settings, compiled.dynamic)
     if compiled.backend is not None and not ours:
         notes.append(
             f'the model is compiled with backend="{compiled.backend}"; this is what "highway" would do'

@@ -57,7 +57,7 @@ def unchanged(function: Any, arguments: Any) -> Iterator[Kept]:
     kept = Kept()
     modules = [m for m in (function, *pytree.tree_leaves(arguments)) if isinstance(m, nn.Module)]
     attributes = [(m, _attributes(m), dict(m._buffers)) for top in modules for m in top.modules()]
-    states = _random_states()
+    states = random_states()
     try:
         for top in modules:
             kept.keep(iter(top.buffers()))
@@ -72,7 +72,7 @@ def unchanged(function: Any, arguments: Any) -> Iterator[Kept]:
             module._buffers.clear()
             module._buffers.update(buffers)
         kept.put_back()
-        _set_random_states(states)
+        set_random_states(states)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """The states of all random number generators that torch code commonly uses."""
     states: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -89,7 +90,8 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue with random numbers from where :func:`random_states` was called."""
     random.setstate(states["python"])
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:

@@ -56,7 +56,7 @@ def _role(node: Node, dependent: Collection[Node]) -> str | int:
 
 def effective_iterations(options: Options, blocks: int) -> int:
     """How many iterations a chain of ``blocks`` blocks gets: never more than it has groups."""
-    if options.iterations == "exact":
+    if not isinstance(options.iterations, int):
         return 0
     groups = -(-max(blocks - options.exact_tail, 0) // options.group_size)
     return min(options.iterations, groups)

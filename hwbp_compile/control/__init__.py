@@ -1,0 +1,1 @@
+"""What can be changed and seen while a model trains."""

@@ -1,0 +1,141 @@
+"""``iterations="auto"``: k from what the iterations record, between steps.
+
+Now and then a step is *watched*: its gradients are exact, and beside them so many iterations are made as are
+allowed. They tell the change ``delta_j = step_(j+1)`` that one more iteration makes after j of them. The
+smallest k whose delta is below the tolerance is used then, until the steps that are recorded with it say that
+this has changed, or until the next watched step. Training starts with a watched step. It is exact where no k
+is good enough, or none below half the number of blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..options import Options
+
+if TYPE_CHECKING:
+    from .runs import ChainRecord, Entry
+
+log = logging.getLogger(__name__)
+
+FIRST_PERIOD = 10
+"""Steps from the first watched one to the next; twice as many each time that nothing changes."""
+LONGEST_PERIOD = 320
+SUDDEN = 2.0
+"""So many times the tolerance may be estimated between watched steps before one is made at once."""
+LOWER = 0.7
+"""The share of the tolerance below which a lower k is chosen."""
+
+
+class AutoIterations:
+    """Chooses the options of one step after the other.
+
+    Args:
+        options: with ``iterations="auto"``.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._tolerance = options.tolerance
+        exact = replace(options, iterations="exact", given=options.given | {"iterations"})
+        self._exact = exact
+        self._watched = replace(exact, watch=options.max_iterations + 1)
+        self._with: dict[int, Options] = {}
+        self.iterations: int | None = None
+        """k; None for exact."""
+        self._ratios: list[float] = []
+        """Per chain, how much smaller than the k-th step the next one was when it was watched."""
+        self._period = FIRST_PERIOD
+        self._until_watched = 0
+        self._read = -1
+        self._waiting = False
+        self._warned = False
+
+    def next_options(self, history: Iterable[Entry]) -> Options:
+        """The options of the next step."""
+        for entry in history:
+            if entry.number > self._read and entry.is_here and (chains := entry.chains()):
+                self._read = entry.number
+                self._take(entry, chains)
+        if self._until_watched <= 0:
+            self._until_watched = self._period
+            return self._watched
+        self._until_watched -= 1
+        return self._chosen()
+
+    def _chosen(self) -> Options:
+        k = self.iterations
+        if k is None:
+            return self._exact
+        if k not in self._with:
+            self._with[k] = replace(self._options, iterations=k, given=self._exact.given)
+        return self._with[k]
+
+    def _take(self, entry: Entry, chains: tuple[ChainRecord, ...]) -> None:
+        if not all(c.is_finite for c in chains):
+            return  # no gradient to be judged; a gradient scaler leaves the step out
+        if entry.options.watch:
+            self._decide(chains)
+        elif entry.options.iterations == self.iterations and self._is_suspect(chains):
+            log.info("The iterations of step %d are watched, as their error has grown.", entry.number)
+            self._until_watched = 0
+            self._period = FIRST_PERIOD
+            self.iterations = None
+
+    def _decide(self, chains: tuple[ChainRecord, ...]) -> None:
+        before = self.iterations
+        k = self._smallest(chains, self._tolerance)
+        if k is not None and before is not None and k < before:
+            # Not lower for a change that the next steps may undo.
+            lower = self._smallest(chains, LOWER * self._tolerance)
+            k = before if lower is None else min(lower, before)
+        self._period = min(2 * self._period, LONGEST_PERIOD) if k == before else FIRST_PERIOD
+        self._until_watched = self._period
+        self.iterations = k
+        if k is None:
+            self._ratios = []
+            self._warn(chains)
+            return
+        self._ratios = [min(1.0, c.steps[k] / c.steps[k - 1]) if len(c.steps) > k else 1.0 for c in chains]
+        if k != before:
+            log.info("From now on %d iterations.", k)
+
+    def _smallest(self, chains: tuple[ChainRecord, ...], tolerance: float) -> int | None:
+        """The smallest k after which no more iteration moves any chain's cotangents by more than that."""
+        needed = [_smallest(c, tolerance) for c in chains]
+        found = [k for k in needed if k is not None]
+        return max(found) if found and len(found) == len(needed) else None
+
+    def _is_suspect(self, chains: tuple[ChainRecord, ...]) -> bool:
+        ratios = self._ratios if len(self._ratios) == len(chains) else [1.0] * len(chains)
+        estimates = [c.steps[-1] * ratio for c, ratio in zip(chains, ratios, strict=True)]
+        return any(not e <= SUDDEN * self._tolerance for e in estimates)
+
+    def _warn(self, chains: tuple[ChainRecord, ...]) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        worst = max(chains, key=lambda c: c.steps[-1] if math.isfinite(c.steps[-1]) else math.inf)
+        log.warning(
+            'iterations="auto" uses exact backpropagation for now: iteration %d of a chain of %d blocks '
+            "still changes the cotangents by %.2g, and tolerance is %.2g. Try gamma or group_size, or a "
+            "larger max_iterations; it will be looked at again.",
+            worst.iterations,
+            worst.blocks,
+            worst.steps[-1],
+            self._tolerance,
+        )
+
+
+def _smallest(chain: ChainRecord, tolerance: float) -> int | None:
+    """The smallest k >= 1 after which no recorded step is larger, at most half of the blocks."""
+    found = None
+    for k in range(len(chain.steps) - 1, 0, -1):
+        if not chain.steps[k] <= tolerance:
+            break
+        found = k
+    return found if found is not None and 2 * found <= chain.blocks else None

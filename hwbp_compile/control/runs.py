@@ -1,0 +1,180 @@
+"""The training steps of one graph with one model's parameters: settings in force, and what was recorded."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, WeakSet, ref
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from ..passes.record import OVER_TIME
+from ..solvers.observe import EMPTY, HEAD
+from .auto import AutoIterations
+from .settings import epoch, overrides_for
+
+LENGTH = 256
+"""Steps of which records are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainRecord:
+    """What one backward pass recorded of one chain."""
+
+    blocks: int
+    """L, or the number of groups."""
+    over_time: bool
+    """Whether it is a recurrence."""
+    iterations: int
+    """k; with exact gradients the iterations made beside them."""
+    steps: tuple[float, ...]
+    """Per iteration, the mean over the blocks of how far it moved the cotangent, relative to it."""
+    largest: float
+    """The largest element of the cotangent that came from the loss."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the gradient that came from the loss is: under a gradient scaler it need not be."""
+        return math.isfinite(self.largest)
+
+    @property
+    def estimate(self) -> float:
+        """How far one more iteration would move the cotangents.
+
+        It is the last step, times its ratio to the one before, or the step itself if that is no smaller.
+        """
+        last = self.steps[-1]
+        if len(self.steps) < 2 or not self.steps[-2] > 0:
+            return last
+        return last * min(1.0, last / self.steps[-2])
+
+
+class Entry:
+    """One training step."""
+
+    def __init__(self, number: int, options: Options, records: Tensor) -> None:
+        self.number, self.options = number, options
+        self._records = records
+        self._event: Any = None
+        self._chains: tuple[ChainRecord, ...] | None = None
+
+    def send(self) -> None:
+        """Have the records come to the host, which does not wait for them."""
+        if self._records.device.type != "cuda" or self._event is not None:
+            return
+        host = torch.empty(self._records.shape, pin_memory=True)
+        host.copy_(self._records, non_blocking=True)
+        self._event, self._records = torch.cuda.Event(), host
+        self._event.record()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading would not wait for the device."""
+        return self._event is None or bool(self._event.query())
+
+    def chains(self) -> tuple[ChainRecord, ...]:
+        """One record per chain; none before the backward pass is done, and where nothing is iterated."""
+        if not self._chains:
+            if self._event is not None:
+                self._event.synchronize()
+            rows = self._records.tolist()
+            self._chains = tuple(_chain(row) for row in rows if row[0] != EMPTY)
+        return self._chains
+
+
+def _chain(row: list[float]) -> ChainRecord:
+    kind, largest, blocks, iterations, *steps = row
+    count = min(int(iterations), len(steps))
+    return ChainRecord(int(blocks), kind == OVER_TIME, int(iterations), tuple(steps[:count]), largest)
+
+
+assert HEAD == 3, "see _chain"
+
+_all: WeakSet[Runs] = WeakSet()
+
+
+_apart: ContextVar[list[Runs] | None] = ContextVar("hwbp_compile_apart", default=None)
+
+
+@contextmanager
+def apart() -> Iterator[list[Runs]]:
+    """What is run inside is listed here, and nowhere else."""
+    found: list[Runs] = []
+    token = _apart.set(found)
+    try:
+        yield found
+    finally:
+        _apart.reset(token)
+
+
+def all_runs() -> list[Runs]:
+    """Of all graphs and models that are alive, in the order in which they were made."""
+    return sorted(_all, key=lambda runs: runs.number)
+
+
+class Runs:
+    """See the module.
+
+    Args:
+        compiled: the options that the graph was compiled with.
+        parameter: one that the graph reads; None if it reads none.
+    """
+
+    _made = 0
+    _begun = 0
+
+    def __init__(self, compiled: Options, parameter: Tensor | None) -> None:
+        self._compiled = compiled
+        self._parameter: ReferenceType[Tensor] | None = None if parameter is None else ref(parameter)
+        self.history: deque[Entry] = deque(maxlen=LENGTH)
+        self.steps = 0
+        self.last = 0
+        """When it began a step, in the order of all steps of all graphs."""
+        self.auto: AutoIterations | None = None
+        self._epoch = -1
+        self._options = compiled
+        Runs._made += 1
+        self.number = Runs._made
+        elsewhere = _apart.get()
+        if elsewhere is None:
+            _all.add(self)
+        else:
+            elsewhere.append(self)
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """The parameter that it is known by."""
+        return None if self._parameter is None else self._parameter()
+
+    def next_options(self) -> Options:
+        """The settings of the next training step; those that are always the same are the same object."""
+        if self._epoch != epoch():
+            self._resolve()
+        if self.auto is None:
+            return self._options
+        return self.auto.next_options(self.history)
+
+    def _resolve(self) -> None:
+        self._epoch = epoch()
+        overrides = overrides_for(self.parameter)
+        options = self._compiled if overrides is None else overrides.over(self._compiled)
+        if options == self._options and (self.auto is not None or options.iterations != "auto"):
+            return
+        self._options = options
+        self.auto = AutoIterations(options) if options.iterations == "auto" else None
+
+    def began(self, options: Options, records: Tensor) -> None:
+        """A training step begins its forward pass."""
+        if self.history:
+            self.history[-1].send()
+        self.history.append(Entry(self.steps, options, records))
+        self.steps += 1
+        Runs._begun += 1
+        self.last = Runs._begun

@@ -1,0 +1,180 @@
+"""``fidelity``: how close a model's highway gradients are to the exact ones, for one k after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..control.settings import NAMES
+from ..errors import OptionError
+from .trial import LossFunction, trial
+
+NOISE = 1e-6
+"""Of two gradients the share of the whole below which a parameter's is rounding, and has no direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """One gradient against the exact one."""
+
+    cosine: float
+    relative_error: float
+    """``|g - exact| / |exact|``."""
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityRow:
+    """All gradients after k iterations."""
+
+    iterations: int
+    overall: Closeness
+    """Of all parameters as one vector."""
+    mean_cosine: float
+    """Over the parameters."""
+    worst: str
+    """The parameter with the smallest cosine."""
+    parameters: dict[str, Closeness]
+    """By name, but for those whose exact gradient is zero but for rounding."""
+    contribution: float
+    """The norm of what the gradient has gained since the row before, relative to it (paper, Figure 6)."""
+    estimates: tuple[float, ...]
+    """Per chain what the backward pass itself estimates; empty for k = 0."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The result of :func:`fidelity`."""
+
+    rows: tuple[FidelityRow, ...]
+    without_gradient: tuple[str, ...]
+    """Parameters whose exact gradient is zero but for rounding."""
+    splits: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = ["k", "cosine", "mean cosine", "rel. error", "contribution", "estimate", "worst parameter"]
+        table = [
+            [
+                str(r.iterations),
+                f"{r.overall.cosine:.5f}",
+                f"{r.mean_cosine:.5f}",
+                f"{r.overall.relative_error:.2g}",
+                f"{r.contribution:.2g}",
+                f"{max(r.estimates):.2g}" if r.estimates else "-",
+                f"{r.worst} ({r.parameters[r.worst].cosine:.4f})" if r.worst else "-",
+            ]
+            for r in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
+        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *table)]
+        if self.without_gradient:
+            lines.append(f"left out, as their gradient is zero: {', '.join(self.without_gradient)}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw cosines, errors and contributions against k into a file (.png, .svg, .pdf).
+
+        Raises:
+            ImportError: matplotlib is not installed (``pip install hwbp-compile[draw]``).
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Drawing needs matplotlib: pip install hwbp-compile[draw]") from error
+        ks = [r.iterations for r in self.rows]
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(ks, [r.overall.cosine for r in self.rows], "o-", label="all parameters")
+        left.plot(ks, [r.mean_cosine for r in self.rows], "s-", label="mean over parameters")
+        left.set(xlabel="iterations k", ylabel="cosine to the exact gradient")
+        left.legend()
+        right.plot(ks, [r.overall.relative_error for r in self.rows], "o-", label="relative error")
+        right.plot(ks, [r.contribution for r in self.rows], "s-", label="contribution of the iterations")
+        estimated = [(r.iterations, max(r.estimates)) for r in self.rows if r.estimates]
+        right.plot(*zip(*estimated, strict=True), "^--", label="estimate")
+        right.set(xlabel="iterations k", yscale="log")
+        right.legend()
+        figure.savefig(path)
+
+
+def fidelity(
+    model: Any,
+    loss_fn: LossFunction,
+    batch: Any,
+    iterations: Sequence[int] = (0, 1, 2, 3, 4, 6, 8),
+    **splits: Any,
+) -> Fidelity:
+    """Compare a model's highway gradients with its exact ones, on one batch.
+
+    The model is compiled op by op, once per k, whatever it is compiled with otherwise. Afterwards its
+    parameters, buffers and gradients, the batch and all random states are what they were before.
+
+        print(hwbp_compile.fidelity(model, lambda model, batch: loss(model(batch[0]), batch[1]), batch))
+
+    Args:
+        model: a module, in training or evaluation mode, compiled with this backend or not at all.
+        loss_fn: ``loss_fn(model, batch)`` calls the model and returns the loss, a scalar.
+        batch: whatever ``loss_fn`` takes.
+        iterations: values of k.
+        **splits: ``gamma``, ``group_size`` and ``exact_tail``, as the options.
+
+    Raises:
+        OptionError: a setting is wrong.
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is compiled with another backend, ``loss_fn`` returns no scalar with a gradient,
+            or there is no k.
+    """
+    for name in splits:
+        if name not in NAMES[1:]:
+            raise OptionError(f"Option {name!r} is unknown to fidelity; {', '.join(NAMES[1:])} are known.")
+    if not iterations:
+        raise ValueError("fidelity needs at least one k, such as iterations=[1, 2, 4].")
+    for k in iterations:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise OptionError(f"fidelity compares integers k, but iterations holds {k!r}.")
+    with trial(model, loss_fn, batch, "fidelity") as tried:
+        exact, _ = tried.gradients(batch, {"iterations": "exact"})
+        if not exact:
+            raise ValueError("The loss reaches no parameter of the model.")
+        norms = {name: _norm([g]) for name, g in exact.items()}
+        whole = math.hypot(*norms.values())
+        live = [n for n in exact if norms[n] > NOISE * whole or len(exact) == 1]
+        rows: list[FidelityRow] = []
+        before: dict[str, Tensor] = {}
+        for k in sorted(set(iterations)):
+            found, chains = tried.gradients(batch, {"iterations": k, **splits})
+            each = {n: _closeness([found[n]], [exact[n]]) for n in live}
+            change = [g - before[n] if before else g for n, g in found.items()]
+            rows.append(
+                FidelityRow(
+                    k,
+                    _closeness([found[n] for n in exact], list(exact.values())),
+                    sum(c.cosine for c in each.values()) / len(each) if each else math.nan,
+                    min(each, key=lambda n: each[n].cosine, default=""),
+                    each,
+                    _norm(change) / _norm(list(found.values())),
+                    tuple(c.estimate for c in chains),
+                )
+            )
+            before = found
+    return Fidelity(tuple(rows), tuple(n for n in exact if n not in live), dict(splits))
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(x.double())) for x in tensors))
+
+
+def _closeness(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Closeness:
+    dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(found, exact, strict=True))
+    norms = _norm(found) * _norm(exact)
+    error = _norm([a.double() - b.double() for a, b in zip(found, exact, strict=True)])
+    return Closeness(dot / norms if norms else math.nan, error / _norm(exact) if norms else math.nan)

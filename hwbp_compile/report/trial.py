@@ -1,0 +1,101 @@
+"""Gradients of a model under one setting of the backend after the other, without a trace left on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .. import _compat
+from ..control.runs import ChainRecord, Runs, apart
+from ..control.settings import module_of, set_iterations, settings_kept
+from ..recurrent.capture import install
+from .fresh import copy_function, fresh_code
+from .keep import random_states, set_random_states, unchanged
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""``loss_fn(model, batch)``: calls the model, and returns a scalar."""
+
+
+class Trial:
+    """One model, compiled op by op, whose gradients for one batch are asked for again and again.
+
+    All gradients are of the same random numbers. See :func:`trial`.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, runs: list[Runs]) -> None:
+        self._model, self._loss_fn, self._runs = model, loss_fn, runs
+        options: dict[str, Any] = {"iterations": "exact", "apply": "always", "codegen": "eager"}
+        # Not the module itself: its __call__ may be compiled already.
+        self._compiled = torch.compile(copy_function(_call, __name__), backend="highway", options=options)
+        self._states = random_states()
+
+    def gradients(
+        self, batch: Any, settings: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], tuple[ChainRecord, ...]]:
+        """Gradients by the parameters' names, and what was recorded of each chain.
+
+        Raises:
+            ValueError: the loss is no scalar, or reaches no parameter.
+        """
+        set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
+        set_random_states(self._states)
+        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        for _, p in named:
+            p.grad = None
+        loss = self._loss_fn(_Caller(self._model, self._compiled), batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("loss_fn(model, batch) must return the loss, a tensor of one element.")
+        if not loss.requires_grad:
+            raise ValueError("The loss depends on no parameter that requires a gradient.")
+        loss.backward()
+        found = {name: p.grad for name, p in named if p.grad is not None}
+        for _, p in named:
+            p.grad = None
+        chains = [c for runs in self._runs if runs.history for c in runs.history[-1].chains()]
+        return found, tuple(chains)
+
+
+class _Caller(nn.Module):
+    """The module, but called by way of a compiled function; its attributes are the module's."""
+
+    def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
+        super().__init__()
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_compiled", compiled)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self._compiled(self._model, args, kwargs)
+
+
+def _call(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+@contextmanager
+def trial(model: Any, loss_fn: LossFunction, batch: Any, caller: str) -> Iterator[Trial]:
+    """A model to be tried out; afterwards it, its gradients, the batch and the random states are as before.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is compiled with another backend.
+    """
+    module = module_of(model, caller)
+    install()
+    modules = [module, *(m for m in pytree.tree_leaves(batch) if isinstance(m, nn.Module))]
+    with (
+        unchanged(module, batch),
+        settings_kept(module),
+        fresh_code((*modules, loss_fn)),
+        _compat.compiling_freely(),
+        apart() as runs,
+    ):
+        yield Trial(module, loss_fn, runs)

@@ -1,0 +1,75 @@
+"""How far each iteration still moves the cotangents: the error estimate, as part of the backward pass.
+
+What is computed here goes nowhere in the graph. It is marked by an operator without a result, which a pass
+over the joint graph (:mod:`..passes.record`) collects and writes to memory, or drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from .. import _compat
+from ..system import State
+
+STEPS = 32
+"""Of more iterations than these the last ones are recorded."""
+HEAD = 3
+"""Before its steps a row holds the largest element of ``w0``, the number of blocks, and of iterations."""
+WIDTH = HEAD + STEPS
+EMPTY = -1.0
+"""Where nothing is recorded."""
+
+torch.library.define("hwbp_compile::observe", "(Tensor row) -> ()")
+
+
+@torch.library.impl("hwbp_compile::observe", "CompositeExplicitAutograd")
+def _observe(row: Tensor) -> None:
+    """Nothing: what is not collected is not wanted."""
+
+
+OBSERVE = torch.ops.hwbp_compile.observe.default
+# Until it is collected nobody reads it, and it must not count as dead.
+has_side_effect(OBSERVE)
+
+
+def is_observed() -> bool:
+    """Whether steps are to be kept: only a graph that is being traced has a use for them."""
+    return _compat.graph_being_traced() is not None
+
+
+def observe(iterates: Sequence[State], blocks: int) -> None:
+    """Mark the relative steps of an iteration in the graph that is being traced.
+
+    Args:
+        iterates: the cotangents ``w0 .. wk``, stacked: ``[blocks + 1, ...]`` per component. Of each step
+
+                step_j = mean over blocks of |w_j - w_(j-1)| / |w_k|,        j = 1 .. k
+
+            is recorded in float32. With ``delta_j = step_(j+1)`` it is the change that one more iteration
+            makes to ``w_j``. Blocks whose cotangent is zero do not count.
+        blocks: their number.
+    """
+    if len(iterates) < 2:
+        return
+    final = _squares(iterates[-1])
+    count = (final > 0).sum()
+    steps = []
+    for before, after in list(pairwise(iterates))[-STEPS:]:
+        change = _squares(tuple(a - b for a, b in zip(after, before, strict=True)))
+        # Where nothing changes 0 / 0 must count as nothing; what is not finite stays so.
+        steps.append(torch.where(change == 0, 0.0, (change / final).sqrt()).sum() / count)
+    largest = torch.stack([c[0].abs().max().float() for c in iterates[-1]]).max()
+    numbers = [final.new_full((), n) for n in (blocks, len(iterates) - 1)]
+    row = torch.stack([largest, *numbers, *steps])
+    OBSERVE(torch.cat([row, row.new_full((WIDTH - HEAD - len(steps),), EMPTY)]))
+
+
+def _squares(state: State) -> Tensor:
+    """The squared norm of each block's cotangent over all components, ``[blocks]``."""
+    parts = [c[1:].float().square().flatten(1).sum(1) for c in state]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

@@ -1,0 +1,144 @@
+"""What backward passes record of their error, against the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import LENGTH, compiled, grads, model
+from torch import Tensor, nn
+
+import hwbp_compile
+from hwbp_compile.control.monitor import Monitor
+
+
+def cotangents(m: nn.Sequential, x: Tensor, iterations: int) -> list[list[Tensor]]:
+    """``w0 .. wk``, each from the loss to the input, for blocks with an identity beside them."""
+    states = [m[0](x)]
+    for block in m[1:-1]:
+        states.append(block(states[-1]))
+    (first,) = torch.autograd.grad(m[-1](states[-1]).square().sum(), states[-1], retain_graph=True)
+
+    def vjp(p: int, w: Tensor) -> Tensor:
+        """Of block p, counted from the loss, without its identity."""
+        state = states[LENGTH - 1 - p].detach().requires_grad_()
+        (found,) = torch.autograd.grad(m[LENGTH - p](state), state, w)
+        return found - w
+
+    iterates = [[first] * (LENGTH + 1)]
+    for _ in range(iterations):
+        v = [vjp(p, iterates[-1][p]) for p in range(LENGTH)]
+        iterates.append([first + sum(v[:p], torch.zeros_like(first)) for p in range(LENGTH + 1)])
+    return iterates
+
+
+def steps_of(iterates: list[list[Tensor]]) -> list[float]:
+    """By the definition in the documentation."""
+    last = iterates[-1]
+    return [
+        sum(float((b - a).norm() / c.norm()) for a, b, c in zip(p[1:], q[1:], last[1:], strict=True)) / LENGTH
+        for p, q in zip(iterates, iterates[1:], strict=False)
+    ]
+
+
+def watched(m: nn.Module, x: Tensor, **options: Any) -> tuple[Monitor, list[Tensor]]:
+    torch._dynamo.reset()
+    found = grads(m, compiled(m, **({"apply": "always"} | options)), x)
+    return hwbp_compile.monitor(m), found
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_steps_are_what_they_are_defined_to_be(codegen: str) -> None:
+    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+    expected = steps_of(cotangents(m, x, 3))
+    seen, _ = watched(m, x, iterations=3, codegen=codegen)
+    (chain,) = seen.current
+    assert (chain.blocks, chain.iterations, chain.over_time) == (LENGTH, 3, False)
+    assert chain.steps == pytest.approx(expected, rel=1e-5)
+    assert chain.estimate == pytest.approx(expected[2] * min(1, expected[2] / expected[1]), rel=1e-5)
+    first = cotangents(m, x, 0)[0][0]
+    assert chain.largest == pytest.approx(float(first.abs().max()), rel=1e-6)
+
+
+def test_history_counts_steps_whose_backward_pass_ran() -> None:
+    m = model()
+    c = compiled(m, apply="always", iterations=2)
+    for i in range(4):
+        x = torch.randn(5, 4, dtype=torch.float64)
+        loss = c(x).square().sum()
+        if i != 1:
+            loss.backward()
+        with torch.no_grad():
+            c(x)
+    seen = hwbp_compile.monitor(c)
+    assert [s.step for s in seen.history] == [0, 2, 3]
+    assert all(s.iterations == 2 and not s.watched for s in seen.history)
+    assert len(seen.graphs()) == 1
+    assert set(seen.scalars()) == {"highway/chain 1/estimate", "highway/chain 1/iterations"}
+    assert "chain 1: 6 blocks, k = 2, estimate" in str(seen)
+
+
+def test_two_forward_passes_before_their_backward_passes() -> None:
+    m = model()
+    c = compiled(m, apply="always", iterations=2)
+    inputs = [torch.randn(5, 4, dtype=torch.float64) for _ in range(2)]
+    losses = [c(x).square().sum() for x in inputs]
+    for loss in reversed(losses):
+        loss.backward()
+    found = [s.chains[0].steps for s in hwbp_compile.monitor(m).history]
+    for x, steps in zip(inputs, found, strict=True):
+        assert steps == pytest.approx(steps_of(cotangents(m, x, 2)), rel=1e-5)
+
+
+def test_equal_models_are_told_apart() -> None:
+    first, second = model(), model()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    one, other = (compiled(m, apply="always", iterations=2) for m in (first, second))
+    for m, c in ((first, one), (second, other), (second, other)):
+        grads(m, c, x)
+    assert len(hwbp_compile.monitor(first).history) == 1
+    assert len(hwbp_compile.monitor(second).history) == 2
+    (chain,) = hwbp_compile.monitor(first).current
+    assert chain.steps == pytest.approx(steps_of(cotangents(first, x, 2)), rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"iterations": 0}, {"iterations": "exact"}, {"apply": "never"}])
+def test_nothing_is_recorded_where_nothing_is_iterated(setting: dict[str, Any]) -> None:
+    m = model()
+    seen, _ = watched(m, torch.randn(5, 4, dtype=torch.float64), **setting)
+    assert seen.current == ()
+    assert seen.scalars() == {}
+    assert "nothing is recorded yet" in str(seen)
+
+
+def test_a_gradient_that_is_not_finite_is_told_from_an_error() -> None:
+    m = model()
+    c = compiled(m, apply="always", iterations=2)
+    (c(torch.randn(5, 4, dtype=torch.float64)).square().sum() * float("inf")).backward()
+    (chain,) = hwbp_compile.monitor(m).current
+    assert not chain.is_finite
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 5)
+        self.blocks = model()
+        self.enter = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(self.enter(self.rnn(x)[0]))
+        return y
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_recurrences_come_first(group_size: int) -> None:
+    m = Recurrent().double()
+    x = torch.randn(10, 2, 3, dtype=torch.float64)
+    options = {"iterations": 2, "group_size": group_size, "apply": "always"}
+    seen, _ = watched(m, x, **options)
+    time, depth = seen.current
+    assert (time.over_time, time.blocks) == (True, -(-10 // group_size))
+    assert (depth.over_time, depth.blocks) == (False, -(-6 // group_size))
+    assert 0 < time.steps[1] < time.steps[0] < 10
