@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def steps_of(iterates: list[list[Tensor]]) -> list[float]:
     last = iterates[-1]
     return [
         sum(float((b - a).norm() / c.norm()) for a, b, c in zip(p[1:], q[1:], last[1:], strict=True)) / LENGTH
-        for p, q in zip(iterates, iterates[1:], strict=False)
+        for p, q in pairwise(iterates)
     ]
 
 

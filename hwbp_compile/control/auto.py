@@ -43,7 +43,8 @@ class AutoIterations:
         self._tolerance = options.tolerance
         exact = replace(options, iterations="exact", given=options.given | {"iterations"})
         self._exact = exact
-        self._watched = replace(exact, watch=options.max_iterations + 1)
+        self.first = replace(exact, watch=options.max_iterations + 1)
+        """Those of the first step, and of every step that is watched."""
         self._with: dict[int, Options] = {}
         self.iterations: int | None = None
         """k; None for exact."""
@@ -63,7 +64,7 @@ class AutoIterations:
                 self._take(entry, chains)
         if self._until_watched <= 0:
             self._until_watched = self._period
-            return self._watched
+            return self.first
         self._until_watched -= 1
         return self._chosen()
 

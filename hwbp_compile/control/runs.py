@@ -153,6 +153,11 @@ class Runs:
         """The parameter that it is known by."""
         return None if self._parameter is None else self._parameter()
 
+    def first_options(self) -> Options:
+        """The settings of the first training step, before it begins."""
+        self._resolve()
+        return self._options if self.auto is None else self.auto.first
+
     def next_options(self) -> Options:
         """The settings of the next training step; those that are always the same are the same object."""
         if self._epoch != epoch():

@@ -57,7 +57,7 @@ class Variants:
     def compile_first(self, example_inputs: Sequence[Any]) -> None:
         """Compile what the model begins with, while Dynamo is there."""
         runs = self._runs_of(_compat.real_inputs(self._gm))
-        options = runs.next_options()
+        options = runs.first_options()
         self._compiled[options] = self._compile_for(options, example_inputs)
         self._current = options, self._compiled[options]  # type: ignore[assignment]
 
