@@ -63,7 +63,9 @@ class AutoIterations:
                 self._read = entry.number
                 self._take(entry, chains)
         if self._until_watched <= 0:
-            self._until_watched = self._period
+            if self._waiting:  # for the last one, which recorded nothing: there may be nothing to record
+                self._period = min(2 * self._period, LONGEST_PERIOD)
+            self._until_watched, self._waiting = self._period, True
             return self.first
         self._until_watched -= 1
         return self._chosen()
@@ -78,7 +80,9 @@ class AutoIterations:
 
     def _take(self, entry: Entry, chains: tuple[ChainRecord, ...]) -> None:
         if not all(c.is_finite for c in chains):
-            return  # no gradient to be judged; a gradient scaler leaves the step out
+            # No gradient to be judged; a gradient scaler leaves the step out.
+            self._until_watched *= not entry.options.watch
+            return
         if entry.options.watch:
             self._decide(chains)
         elif entry.options.iterations == self.iterations and self._is_suspect(chains):
@@ -88,7 +92,7 @@ class AutoIterations:
             self.iterations = None
 
     def _decide(self, chains: tuple[ChainRecord, ...]) -> None:
-        before = self.iterations
+        before, self._waiting = self.iterations, False
         k = self._smallest(chains, self._tolerance)
         if k is not None and before is not None and k < before:
             # Not lower for a change that the next steps may undo.

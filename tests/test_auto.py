@@ -1,0 +1,206 @@
+"""k chosen while training: the rules on made-up records, then models."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from small_models import LENGTH, chain, compiled, grads, model
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+import hwbp_compile
+from hwbp_compile.control.auto import FIRST_PERIOD, LONGEST_PERIOD, AutoIterations
+from hwbp_compile.control.runs import ChainRecord
+from hwbp_compile.options import Options
+
+Steps = Callable[[int, int], Sequence[float] | None]
+"""``steps(step, k)``: what k iterations record at a training step; None if nothing is."""
+
+
+@dataclass
+class Entry:
+    number: int
+    options: Options
+    records: tuple[ChainRecord, ...]
+    is_here: bool = True
+
+    def chains(self) -> tuple[ChainRecord, ...]:
+        return self.records
+
+
+def play(
+    steps: Steps, count: int, *, blocks: int = 40, largest: float = 1.0, delay: int = 0, **options: Any
+) -> list[Any]:
+    """What is chosen for so many training steps: k, "exact", or "watched"."""
+    auto = AutoIterations(Options(iterations="auto", **options))
+    history: list[Entry] = []
+    chosen: list[Any] = []
+    for number in range(count):
+        for entry in history:
+            entry.is_here = entry.number < number - delay
+        now = auto.next_options(history)  # type: ignore[arg-type]
+        k = now.watch or now.iterations
+        chosen.append("watched" if now.watch else k)
+        found = None if k == "exact" else steps(number, k)
+        records = () if found is None else (ChainRecord(blocks, False, k, tuple(found), largest),)
+        history.append(Entry(number, now, records))
+    return chosen
+
+
+def geometric(ratio: float, start: float = 1.0) -> Steps:
+    return lambda _, k: [start * ratio**j for j in range(1, k + 1)]
+
+
+def test_the_smallest_k_within_the_tolerance() -> None:
+    # One more iteration after k changes the cotangents by 0.4 ** (k + 1).
+    chosen = play(geometric(0.4), 60)
+    assert chosen[0] == "watched"
+    assert set(chosen[1:]) == {"watched", 3}
+    assert set(play(geometric(0.4), 9, tolerance=0.001)[1:]) == {7}
+    assert set(play(geometric(0.01), 9)[1:]) == {1}
+
+
+def test_it_is_watched_less_and_less_often() -> None:
+    chosen = play(geometric(0.4), 2000)
+    at = [i for i, c in enumerate(chosen) if c == "watched"]
+    gaps = [b - a - 1 for a, b in pairwise(at)]
+    assert gaps[0] == FIRST_PERIOD
+    assert gaps[-1] == LONGEST_PERIOD
+    assert gaps == sorted(gaps)
+
+
+@pytest.mark.parametrize("steps", [geometric(1.3), geometric(0.9), lambda _, k: [math.nan] * k])
+def test_exact_where_no_k_is_enough(steps: Steps, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert set(play(steps, 100)) == {"watched", "exact"}
+    assert len(caplog.records) == 1
+    assert "Try gamma or group_size" in caplog.text
+
+
+def test_exact_where_half_the_blocks_are_not_enough() -> None:
+    assert set(play(geometric(0.4), 9, blocks=6)[1:]) == {3}
+    assert set(play(geometric(0.4), 9, blocks=5)[1:]) == {"exact"}
+
+
+def test_exact_where_nothing_is_recorded() -> None:
+    chosen = play(lambda *_: None, 500)
+    assert set(chosen) == {"watched", "exact"}
+    assert chosen.count("watched") < 10
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_growing_error_is_seen_within_five_steps(delay: int, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = geometric(0.3), geometric(1.5)
+    with caplog.at_level(logging.WARNING):
+        chosen = play(lambda step, k: (good if step < 50 else bad)(step, k), 120, delay=delay)
+    assert chosen[49] == 2
+    after = chosen[50:]
+    assert after.index("watched") <= 5
+    assert 2 not in after[5:]
+    assert after.count("exact") > 50
+    assert len(caplog.records) == 1
+
+
+def test_k_rises_at_once_and_falls_with_a_margin() -> None:
+    worse = play(lambda step, k: geometric(0.3 if step < 5 else 0.45)(step, k), 60)
+    assert set(worse[1:5]) == {2}
+    assert worse[-1] == 3
+    # At 0.36 two iterations are just enough: 0.0467. That is no reason to leave three.
+    better = play(lambda step, k: geometric(0.45 if step < 5 else 0.36)(step, k), 60)
+    assert better[-1] == 3
+    assert play(lambda step, k: geometric(0.45 if step < 5 else 0.3)(step, k), 60)[-1] == 2
+
+
+def test_steps_without_a_finite_gradient_say_nothing() -> None:
+    assert set(play(geometric(0.4), 30, largest=math.inf)) == {"watched"}
+
+
+def train(m: nn.Module, c: Callable[..., Any], x: Tensor, steps: int) -> list[float]:
+    """Mean cosines of the parameters' gradients to the exact ones, step by step, under SGD."""
+    cosines = []
+    for _ in range(steps):
+        exact = grads(m, m, x)
+        found = grads(m, c, x)
+        pairs = [(a, b) for a, b in zip(found, exact, strict=True) if b.norm() > 0]
+        each = [float(cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs]
+        cosines.append(sum(each) / len(each))
+        with torch.no_grad():
+            for p, g in zip(m.parameters(), found, strict=True):
+                p -= 1e-3 * g
+    return cosines
+
+
+def test_a_model_trains_with_k_chosen() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, 6), *chain(3 * LENGTH), nn.Linear(6, 3)).double()
+    for block in m[1:-1]:
+        block.f[-1].weight.data *= 0.3
+    c = compiled(m, apply="always", iterations="auto")
+    cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), 14)
+    history = hwbp_compile.monitor(m).history
+    assert [s.watched for s in history] == [i in (0, 11) for i in range(14)]
+    assert cosines[0] == pytest.approx(1, abs=1e-12)
+    assert {s.iterations for s in history[1:11]} <= {1, 2, 3, 4}
+    assert min(cosines) >= 0.99
+    assert max(cosines[1:11]) < 1 - 1e-12
+
+
+class PostNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x + 3 * self.f(x))
+        return y
+
+
+def test_a_diverging_model_is_exact_from_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, 6), *(PostNorm() for _ in range(8)), nn.Linear(6, 3)).double()
+    c = compiled(m, apply="always", iterations="auto", max_iterations=3)
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), 5)
+    assert cosines == pytest.approx([1] * 5, abs=1e-10)
+    assert "uses exact backpropagation for now" in caplog.text
+
+
+def test_recurrences_are_watched_too() -> None:
+    torch.manual_seed(0)
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 5)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.rnn(x)[0])
+            return y
+
+    m = Reader().double()
+    c = compiled(m, apply="always", iterations="auto", group_size=2)
+    cosines = train(m, c, torch.randn(40, 2, 3, dtype=torch.float64), 4)
+    history = hwbp_compile.monitor(m).history
+    assert [s.watched for s in history] == [True, False, False, False]
+    assert history[0].chains[0].over_time
+    assert cosines[0] == pytest.approx(1, abs=1e-12)
+    assert min(cosines) >= 0.99
+
+
+def test_it_begins_again_when_a_setting_changes() -> None:
+    m = model()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    c = compiled(m, apply="always", iterations=2)
+    grads(m, c, x)
+    hwbp_compile.set_iterations(m, "auto")
+    grads(m, c, x)
+    assert [s.watched for s in hwbp_compile.monitor(m).history] == [False, True]
