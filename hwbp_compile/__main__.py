@@ -16,6 +16,7 @@ from .errors import OptionError
 from .options import list_options
 from .report.explain import explain
 from .report.explanation import Explanation
+from .report.fidelity import fidelity
 
 
 class UsageError(Exception):
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        return _options(given) if given.command == "options" else _explain(given)
+        return _COMMANDS[given.command](given)
     except (UsageError, OptionError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -63,6 +64,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--graphs", type=Path, metavar="DIR", help="write the graphs before and after as text"
     )
+    command = commands.add_parser(
+        "fidelity",
+        help="compare a model's highway gradients with the exact ones",
+        description="Compare a model's highway gradients with the exact ones, for one k after the other.",
+    )
+    command.add_argument(
+        "factory",
+        help="package.module:function or path/to/file.py:function; called without arguments, it returns "
+        "(model, loss_fn, batch), where loss_fn(model, batch) is the loss",
+    )
+    command.add_argument(
+        "--iterations",
+        "-k",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3, 4, 6, 8],
+        metavar="K",
+        help="values of k",
+    )
+    command.add_argument(
+        "--option",
+        "-o",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="gamma, group_size or exact_tail; repeat it for more",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .png, .svg or .pdf file")
     command = commands.add_parser("options", help="list the options of the backend")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -83,7 +113,7 @@ def _explain(given: argparse.Namespace) -> int:
     options = dict(_parse_option(text) for text in given.option)
     if given.draw is not None and given.draw.suffix not in (".svg", ".png"):
         raise UsageError(f"the file to draw must end in .svg or .png, but is {given.draw.name!r}.")
-    model, args, kwargs = _call_factory(given.factory)
+    model, args, kwargs = _explained(given.factory)
     # A compiled model brings its own options; without any here they are used.
     explanation = explain(model, *args, options=options or None, **kwargs)
     print(json.dumps(explanation.to_dict(), indent=2) if given.json else explanation)
@@ -95,6 +125,26 @@ def _explain(given: argparse.Namespace) -> int:
         except (ValueError, ImportError) as error:
             raise UsageError(f"nothing is drawn: {error}") from None
     return 0
+
+
+def _fidelity(given: argparse.Namespace) -> int:
+    options = dict(_parse_option(text) for text in given.option)
+    if given.plot is not None and given.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"the file to plot must end in .png, .svg or .pdf, but is {given.plot.name!r}.")
+    made = _call_factory(given.factory)
+    if not isinstance(made, tuple) or len(made) != 3 or not callable(made[1]):
+        raise UsageError(f"{given.factory} must return (model, loss_fn, batch), but returned {_kind(made)}.")
+    try:
+        report = fidelity(*made, given.iterations, **options)
+        print(json.dumps(report.to_dict(), indent=2) if given.json else report)
+        if given.plot is not None:
+            report.plot(given.plot)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    return 0
+
+
+_COMMANDS = {"explain": _explain, "options": _options, "fidelity": _fidelity}
 
 
 def _write_graphs(explanation: Explanation, folder: Path) -> None:
@@ -115,7 +165,7 @@ def _parse_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _call_factory(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _call_factory(spec: str) -> Any:
     place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
         raise UsageError(f"{spec!r} must be package.module:function or path/to/file.py:function.")
@@ -125,7 +175,12 @@ def _call_factory(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         raise UsageError(f"{place} has no {name!r}.")
     if not callable(factory):
         raise UsageError(f"{spec} must be a function, but is of type {type(factory).__name__}.")
-    made = factory()
+    return factory()
+
+
+def _explained(spec: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The model, arguments and keyword arguments that a factory returns."""
+    made = _call_factory(spec)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[1], (tuple, list)):
         raise UsageError(
             f"{spec} must return (model, args) or (model, args, kwargs), but returned {_kind(made)}."

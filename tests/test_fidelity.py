@@ -1,0 +1,175 @@
+"""The fidelity report: its numbers, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import LENGTH, compiled, grads, model
+from torch import Tensor, nn
+
+import hwbp_compile
+from hwbp_compile.__main__ import main
+
+
+def loss_fn(m: nn.Module, batch: Tensor) -> Tensor:
+    return m(batch).square().sum()
+
+
+X = torch.randn(5, 4, dtype=torch.float64)
+
+
+def test_numbers_are_those_of_the_gradients() -> None:
+    m = model()
+    exact = torch.cat([g.flatten() for g in grads(m, m, X)])
+    report = hwbp_compile.fidelity(m, loss_fn, X, iterations=[0, 1, LENGTH], gamma=0.1)
+    assert [r.iterations for r in report.rows] == [0, 1, LENGTH]
+    before = torch.zeros_like(exact)
+    for row in report.rows:
+        torch._dynamo.reset()
+        each = grads(m, compiled(m, apply="always", iterations=row.iterations, gamma=0.1), X)
+        found = torch.cat([g.flatten() for g in each])
+        assert row.overall.cosine == pytest.approx(
+            float(found @ exact / found.norm() / exact.norm()), abs=1e-9
+        )
+        assert row.overall.relative_error == pytest.approx(
+            float((found - exact).norm() / exact.norm()), rel=1e-6, abs=1e-10
+        )
+        assert row.contribution == pytest.approx(float((found - before).norm() / found.norm()), rel=1e-6)
+        before = found
+    last = report.rows[-1]
+    assert set(last.parameters) == {name for name, _ in m.named_parameters()}
+    assert last.mean_cosine == pytest.approx(1, abs=1e-9)
+    assert report.rows[0].estimates == ()
+    assert len(last.estimates) == 1
+    assert report.rows[0].mean_cosine < report.rows[1].mean_cosine < last.mean_cosine
+    assert json.loads(json.dumps(report.to_dict()))["splits"] == {"gamma": 0.1}
+
+
+class Noisy(nn.Module):
+    """Dropout, running statistics, and a bias that batch normalisation takes away again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.blocks = model()[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(nn.functional.dropout(self.norm(self.enter(x)), 0.5, self.training))
+        return y
+
+
+def test_the_model_stays_as_it_was() -> None:
+    m = Noisy().double()
+    hwbp_compile.set_iterations(m, 3)
+    for p in m.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(m.state_dict())
+    state = torch.get_rng_state()
+    report = hwbp_compile.fidelity(m, loss_fn, X, iterations=[1, LENGTH])
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in m.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in m.parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in m.parameters())
+    assert hwbp_compile.monitor(m).current == ()
+    # Dropout drew the same numbers for each k, or the last row would not be exact.
+    assert report.rows[-1].overall.relative_error < 1e-9
+    assert report.without_gradient == ("enter.bias",)
+    assert "left out, as their gradient is zero: enter.bias" in str(report)
+    c = compiled(m.eval(), apply="always", iterations=1)
+    grads(m, c, X)
+    assert hwbp_compile.monitor(m).history[-1].iterations == 3
+
+
+def test_a_compiled_model_and_several_arguments() -> None:
+    m = model()
+    c = torch.compile(m, backend="highway")
+    report = hwbp_compile.fidelity(
+        c,
+        lambda m, batch: nn.functional.mse_loss(m(batch["x"]), batch["y"]),
+        {"x": X, "y": torch.zeros(5, 3)},
+        [LENGTH],
+    )
+    assert report.rows[0].overall.cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_plot(tmp_path: Path) -> None:
+    report = hwbp_compile.fidelity(model(), loss_fn, X, [0, 1])
+    report.plot(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.relu, loss_fn, X), TypeError, "takes a module"),
+        ((model(), loss_fn, X, []), ValueError, "at least one k"),
+        ((model(), loss_fn, X, ["exact"]), hwbp_compile.OptionError, "integers k"),
+        ((model(), loss_fn, X, [-1]), hwbp_compile.OptionError, "iterations must be"),
+        ((model(), lambda m, x: m(x), X), ValueError, "a tensor of one element"),
+        ((model(), lambda m, x: x.sum(), X), ValueError, "depends on no parameter"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hwbp_compile.fidelity(*arguments)
+
+
+def test_unknown_splits_are_refused() -> None:
+    with pytest.raises(hwbp_compile.OptionError, match="'min_blocks' is unknown"):
+        hwbp_compile.fidelity(model(), loss_fn, X, min_blocks=2)
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def block(d):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(d, d), nn.Tanh())
+        def forward(self, x):
+            return x + self.f(x)
+    return Block()
+
+def make():
+    model = nn.Sequential(*(block(4) for _ in range(5)))
+    return model, lambda model, batch: model(batch).square().mean(), torch.randn(3, 4)
+"""
+
+
+def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "factory.py"
+    file.write_text(FACTORY)
+    where = f"{file}:make"
+    assert (
+        main(
+            [
+                "fidelity",
+                where,
+                "--iterations",
+                "1",
+                "5",
+                "-o",
+                "gamma=0.1",
+                "--plot",
+                str(tmp_path / "a.png"),
+            ]
+        )
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["k", "cosine"]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "5"]
+    assert (tmp_path / "a.png").exists()
+    assert main(["fidelity", where, "--iterations", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["iterations"] == 5
+    assert main(["fidelity", where, "--plot", "a.txt"]) == 2
+    assert "must end in" in capsys.readouterr().err
