@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from ..passes.record import OVER_TIME
-from ..solvers.observe import EMPTY, HEAD
+from ..passes.record import EMPTY, OVER_TIME
+from ..solvers.observe import HEAD
 from .auto import AutoIterations
 from .settings import epoch, overrides_for
 

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import _compat
-from ..solvers.observe import EMPTY, OBSERVE, WIDTH
+from ..solvers.observe import OBSERVE, WIDTH
 from .graft import graft
 
-CHAINS = 64
+CHAINS = 16
 """Chains of one graph that can be recorded."""
+EMPTY = -1.0
+"""Where nothing is."""
 OVER_TIME, OVER_DEPTH = 1.0, 0.0
 
 
@@ -42,8 +44,7 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
         keep: whether there is memory for them, in the last input; if not they are dropped.
     """
     marks = [(OVER_TIME, n) for n in reversed(over_time)] + [(OVER_DEPTH, n) for n in reversed(over_depth)]
-    rows = [n.args[0] for _, n in marks][:CHAINS]
-    assert all(isinstance(row, Node) for row in rows)
+    rows: list[list[Node]] = [list(n.args[0]) for _, n in marks][:CHAINS]  # type: ignore[arg-type]
     for _, node in marks:
         graph.erase_node(node)
     if keep and rows:
@@ -52,19 +53,21 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
         value = memory.meta["val"]
 
         def collect(*values: Tensor) -> tuple[Tensor]:
-            found = [
-                torch.cat([x.new_full((1,), kind), x]).to(value.device)
-                for kind, x in zip(kinds, values, strict=False)
-            ]
-            empty = torch.full(
-                (CHAINS - len(found), 1 + WIDTH), EMPTY, dtype=value.dtype, device=value.device
-            )
-            return (torch.cat([torch.stack(found), empty]),)
+            remaining = iter(values)
+            # One concatenation: each is a loop of its own in generated code.
+            parts: list[Tensor] = []
+            for kind, row in zip(kinds, rows, strict=False):
+                parts.append(value.new_full((1,), kind))
+                parts.extend(next(remaining).reshape(1).to(value.device) for _ in row)
+                parts.append(value.new_full((WIDTH - len(row),), EMPTY))
+            parts.append(value.new_full(((CHAINS - len(rows)) * (1 + WIDTH),), EMPTY))
+            return (torch.cat(parts).view(value.shape),)
 
-        traced = _compat.trace(collect, [row.meta["val"] for row in rows])  # type: ignore[union-attr]
+        inputs = [n for row in rows for n in row]
+        traced = _compat.trace(collect, [n.meta["val"] for n in inputs])
         (output,) = graph.find_nodes(op="output")
         with graph.inserting_before(output):
-            _, (result,) = graft(graph, traced, rows)  # type: ignore[arg-type]
+            _, (result,) = graft(graph, traced, inputs)
             _compat.write_in_backward(graph, memory, result)
     graph.eliminate_dead_code()
 

@@ -21,14 +21,12 @@ STEPS = 32
 HEAD = 3
 """Before its steps a row holds the largest element of ``w0``, the number of blocks, and of iterations."""
 WIDTH = HEAD + STEPS
-EMPTY = -1.0
-"""Where nothing is recorded."""
 
-torch.library.define("hwbp_compile::observe", "(Tensor row) -> ()")
+torch.library.define("hwbp_compile::observe", "(Tensor[] row) -> ()")
 
 
 @torch.library.impl("hwbp_compile::observe", "CompositeExplicitAutograd")
-def _observe(row: Tensor) -> None:
+def _observe(row: list[Tensor]) -> None:
     """Nothing: what is not collected is not wanted."""
 
 
@@ -65,8 +63,7 @@ def observe(iterates: Sequence[State], blocks: int) -> None:
         steps.append(torch.where(change == 0, 0.0, (change / final).sqrt()).sum() / count)
     largest = torch.stack([c[0].abs().max().float() for c in iterates[-1]]).max()
     numbers = [final.new_full((), n) for n in (blocks, len(iterates) - 1)]
-    row = torch.stack([largest, *numbers, *steps])
-    OBSERVE(torch.cat([row, row.new_full((WIDTH - HEAD - len(steps),), EMPTY)]))
+    OBSERVE([largest, *numbers, *steps])
 
 
 def _squares(state: State) -> Tensor:
