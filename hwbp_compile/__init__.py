@@ -9,6 +9,8 @@ from .options import list_options as list_options
 from .report.explain import explain as explain
 from .report.fidelity import Fidelity as Fidelity
 from .report.fidelity import fidelity as fidelity
+from .report.recommend import Recommendation as Recommendation
+from .report.recommend import recommend as recommend
 from .solvers import solve as solve
 from .stacking import stack_parameters as stack_parameters
 from .stacking import unstack_parameters as unstack_parameters
@@ -19,10 +21,12 @@ __all__ = [
     "IterationsSchedule",
     "OptionError",
     "Options",
+    "Recommendation",
     "explain",
     "fidelity",
     "list_options",
     "monitor",
+    "recommend",
     "set_iterations",
     "solve",
     "stack_parameters",

@@ -173,3 +173,33 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out)["rows"][0]["iterations"] == 5
     assert main(["fidelity", where, "--plot", "a.txt"]) == 2
     assert "must end in" in capsys.readouterr().err
+
+
+def test_recommend_finds_the_smallest_k() -> None:
+    m = model()
+    splits: list[dict[str, Any]] = [{}, {"group_size": 3}, {"gamma": 0.9}]
+    found = hwbp_compile.recommend(m, loss_fn, [X, -X], target=0.999, splits=splits)
+    for tried in found.tried:
+        for k, expected in tried.cosines.items():
+            rows = [hwbp_compile.fidelity(m, loss_fn, x, [k], **tried.splits).rows[0] for x in (X, -X)]
+            assert expected == pytest.approx(sum(r.mean_cosine for r in rows) / 2, abs=1e-9)
+            assert (expected >= 0.999) == (k == tried.iterations)
+    sweeps = [t.sweeps for t in found.tried]
+    assert sweeps == sorted(sweeps)
+    by_group = {t.splits.get("group_size", 1): t for t in found.tried if "gamma" not in t.splits}
+    k = by_group[3].iterations
+    assert k is not None
+    assert (by_group[3].sweeps, by_group[3].sequential) == (pytest.approx(k + 2 / 3), 3 * k + 2)
+    assert found.options == {"iterations": found.tried[0].iterations, **found.tried[0].splits}
+    assert str(found).endswith(f"for a cosine of 0.999: options={found.options}")
+    hwbp_compile.Options(**found.options)
+
+
+def test_recommend_says_exact_where_nothing_is_enough() -> None:
+    found = hwbp_compile.recommend(model(), loss_fn, [X], target=1.0, max_iterations=1, splits=[{}])
+    assert found.options == {"iterations": "exact"}
+    assert "> 1" in str(found)
+    with pytest.raises(ValueError, match="target must be"):
+        hwbp_compile.recommend(model(), loss_fn, [X], target=2)
+    with pytest.raises(ValueError, match="at least one batch"):
+        hwbp_compile.recommend(model(), loss_fn, [])

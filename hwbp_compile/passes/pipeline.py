@@ -76,7 +76,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     lap("find")
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     for each in found:
-        done.outcomes.append(_worth_it(graph, _plan(each, options, part, taken), options))
+        done.outcomes.append(_outcome(graph, each, options, part, taken))
         lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes)
@@ -146,12 +146,24 @@ def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
     return [done[i] for i in range(len(outcomes))]
 
 
-def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
+def _outcome(
+    graph: Graph, found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]
+) -> Outcome:
     """Decide on one chain and trace its schedule."""
+    if not options.watch:
+        return _worth_it(graph, _plan(found, options, part, taken), options)
+    # Nothing is to be seen of a chain that would stay exact with one iteration.
+    least = replace(options, iterations=1, watch=0)
+    outcome = _worth_it(graph, _plan(found, least, part, taken), least)
+    if outcome.schedule is None:
+        return outcome
+    return _plan(found, replace(options, iterations=options.watch), part, taken)
+
+
+def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
+    """Trace the schedule of a chain, if the options allow any."""
     if isinstance(found, Refusal):
         return Outcome(found, found.reason)
-    if options.watch:
-        options = replace(options, iterations=options.watch, apply="always")
     reason = reason_to_leave_exact(found, options)
     if reason is not None:
         return Outcome(found, reason)
@@ -171,7 +183,7 @@ def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set
 
 def _worth_it(graph: Graph, outcome: Outcome, options: Options) -> Outcome:
     """Leave a chain exact that is not expected to be faster iterated."""
-    if outcome.schedule is None or options.apply != "auto" or options.watch:
+    if outcome.schedule is None or options.apply != "auto":
         return outcome
     try:
         comparison = compare(graph, outcome.schedule)

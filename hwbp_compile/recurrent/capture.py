@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -176,9 +176,12 @@ def _too_slow(
     key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], options: Options
 ) -> str:
     """Why ``apply="auto"`` leaves it exact; empty if it does not."""
-    if options.apply != "auto" or options.watch:
+    if options.apply != "auto":
         return ""
-    return why_exact_is_faster(inputs, carry, weights, key, _settings(options, ""))
+    settings = _settings(options, "")
+    if options.watch:  # nothing is to be seen of what would stay exact with one iteration
+        settings = replace(settings, iterations=1, watch=0)
+    return why_exact_is_faster(inputs, carry, weights, key, settings)
 
 
 def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..control.settings import NAMES
 from ..errors import OptionError
+from .closeness import Closeness, closeness, mean_cosine, norm, with_direction
+from .table import table
 from .trial import LossFunction, trial
-
-NOISE = 1e-6
-"""Of two gradients the share of the whole below which a parameter's is rounding, and has no direction."""
-
-
-@dataclass(frozen=True, slots=True)
-class Closeness:
-    """One gradient against the exact one."""
-
-    cosine: float
-    relative_error: float
-    """``|g - exact| / |exact|``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +50,7 @@ class Fidelity:
 
     def __str__(self) -> str:
         head = ["k", "cosine", "mean cosine", "rel. error", "contribution", "estimate", "worst parameter"]
-        table = [
+        rows = [
             [
                 str(r.iterations),
                 f"{r.overall.cosine:.5f}",
@@ -74,11 +62,10 @@ class Fidelity:
             ]
             for r in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *table, strict=True)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *table)]
-        if self.without_gradient:
-            lines.append(f"left out, as their gradient is zero: {', '.join(self.without_gradient)}")
-        return "\n".join(lines)
+        text = table(head, rows, words=[len(head) - 1])
+        if not self.without_gradient:
+            return text
+        return f"{text}\nleft out, as their gradient is zero: {', '.join(self.without_gradient)}"
 
     def plot(self, path: str | Path) -> None:
         """Draw cosines, errors and contributions against k into a file (.png, .svg, .pdf).
@@ -145,36 +132,23 @@ def fidelity(
         exact, _ = tried.gradients(batch, {"iterations": "exact"})
         if not exact:
             raise ValueError("The loss reaches no parameter of the model.")
-        norms = {name: _norm([g]) for name, g in exact.items()}
-        whole = math.hypot(*norms.values())
-        live = [n for n in exact if norms[n] > NOISE * whole or len(exact) == 1]
+        live = with_direction(exact)
         rows: list[FidelityRow] = []
         before: dict[str, Tensor] = {}
         for k in sorted(set(iterations)):
             found, chains = tried.gradients(batch, {"iterations": k, **splits})
-            each = {n: _closeness([found[n]], [exact[n]]) for n in live}
+            each = {n: closeness([found[n]], [exact[n]]) for n in live}
             change = [g - before[n] if before else g for n, g in found.items()]
             rows.append(
                 FidelityRow(
                     k,
-                    _closeness([found[n] for n in exact], list(exact.values())),
-                    sum(c.cosine for c in each.values()) / len(each) if each else math.nan,
+                    closeness([found[n] for n in exact], list(exact.values())),
+                    mean_cosine(found, exact),
                     min(each, key=lambda n: each[n].cosine, default=""),
                     each,
-                    _norm(change) / _norm(list(found.values())),
+                    norm(change) / norm(list(found.values())),
                     tuple(c.estimate for c in chains),
                 )
             )
             before = found
     return Fidelity(tuple(rows), tuple(n for n in exact if n not in live), dict(splits))
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(x.double())) for x in tensors))
-
-
-def _closeness(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Closeness:
-    dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(found, exact, strict=True))
-    norms = _norm(found) * _norm(exact)
-    error = _norm([a.double() - b.double() for a, b in zip(found, exact, strict=True)])
-    return Closeness(dot / norms if norms else math.nan, error / _norm(exact) if norms else math.nan)

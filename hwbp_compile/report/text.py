@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..options import Options
+from .table import table
 from .where import shorten, shorten_lines
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ def render(explanation: Explanation) -> str:
     parts = [_verdict(explanation)]
     if chains:
         parts.append(
-            _table(
+            table(
                 ["", "blocks", "K", "state", "modules", "backward pass"],
                 [_row(i, c) for i, c in enumerate(chains, 1)],
+                words=range(2, 6),
             )
         )
         parts.extend(_remarks(i, c) for i, c in enumerate(chains, 1) if _remarks(i, c))
@@ -108,15 +109,3 @@ def _graph_line(index: int, graph: GraphReport) -> str:
 
 def _item(text: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        # Numbers to the right, words to the left.
-        return "  ".join(
-            c.rjust(w) if i < 2 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])

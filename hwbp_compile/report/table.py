@@ -1,0 +1,16 @@
+"""A table in plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int]) -> str:
+    """Columns as wide as they need be; those with ``words`` flush left, numbers flush right."""
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        columns = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in columns).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])
