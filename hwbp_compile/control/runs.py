@@ -139,6 +139,7 @@ class Runs:
         """When it began a step, in the order of all steps of all graphs."""
         self.auto: AutoIterations | None = None
         self._epoch = -1
+        self._order = -1
         self._options = compiled
         Runs._made += 1
         self.number = Runs._made
@@ -170,8 +171,10 @@ class Runs:
         self._epoch = epoch()
         overrides = overrides_for(self.parameter)
         options = self._compiled if overrides is None else overrides.over(self._compiled)
-        if options == self._options and (self.auto is not None or options.iterations != "auto"):
+        order = 0 if overrides is None else overrides.order
+        if options == self._options and order == self._order:
             return
+        self._order = order
         self._options = options
         self.auto = AutoIterations(options) if options.iterations == "auto" else None
 
