@@ -21,13 +21,12 @@ from recurrent import CharGRU, PixelGRU
 
 @dataclass(frozen=True)
 class PaperTask:
-    """A model and data; ``over_time`` if its chain is."""
+    """A model, data, and how long and how fast it learns."""
 
     make: Callable[[Data], nn.Module]
     data: Data
     steps: int
     learning_rate: float
-    over_time: bool = False
 
 
 class AfterAdd(nn.Module):
@@ -130,24 +129,21 @@ class DeepCharGRU(nn.Module):
 def tasks() -> dict[str, Callable[[], PaperTask]]:
     """By name; each is made when it is asked for."""
 
-    def text(
-        model: Callable[[int], nn.Module], length: int, steps: int, lr: float, over_time: bool
-    ) -> PaperTask:
-        return PaperTask(lambda d: model(d.classes), characters(8, length), steps, lr, over_time)
+    def text(model: Callable[[int], nn.Module], length: int, learning_rate: float) -> PaperTask:
+        return PaperTask(lambda d: model(d.classes), characters(8, length), 300, learning_rate)
+
+    def images(model: Callable[[], nn.Module], steps: int, learning_rate: float) -> PaperTask:
+        return PaperTask(lambda _: model(), digits(32), steps, learning_rate)
 
     return {
-        "ResNet, pre-activation": lambda: PaperTask(
-            lambda _: DigitsResNet(5, (8, 16)), digits(32), 150, 4e-3
-        ),
-        "ResNet, ReLU after add": lambda: PaperTask(lambda _: AfterAddResNet(), digits(32), 150, 4e-3),
-        "GPT, pre-LN": lambda: text(lambda n: CharGPT(n, 48, 8, width=32), 48, 300, 4e-3, False),
-        "encoder, post-LN": lambda: PaperTask(lambda d: RowsClassifier(d.classes), digits(32), 300, 2e-3),
-        "LSTM, characters": lambda: text(CharLSTM, 64, 300, 1e-2, True),
-        "GRU, characters": lambda: text(lambda n: CharGRU(n, 64), 64, 300, 1e-2, True),
-        "3 x GRU, characters": lambda: text(DeepCharGRU, 64, 300, 1e-2, True),
-        "GRU, pixels": lambda: PaperTask(
-            lambda d: PixelGRU(d.classes, 64, 48), pixels(32, 8), 600, 1e-2, True
-        ),
+        "ResNet, pre-activation": lambda: images(lambda: DigitsResNet(5, (8, 16)), 150, 4e-3),
+        "ResNet, ReLU after add": lambda: images(AfterAddResNet, 150, 4e-3),
+        "GPT, pre-LN": lambda: text(lambda n: CharGPT(n, 48, 8, width=32), 48, 4e-3),
+        "encoder, post-LN": lambda: images(lambda: RowsClassifier(10), 300, 2e-3),
+        "LSTM, characters": lambda: text(CharLSTM, 64, 1e-2),
+        "GRU, characters": lambda: text(lambda n: CharGRU(n, 64), 64, 1e-2),
+        "3 x GRU, characters": lambda: text(DeepCharGRU, 64, 1e-2),
+        "GRU, pixels": lambda: PaperTask(lambda d: PixelGRU(d.classes, 64, 48), pixels(32, 8), 600, 1e-2),
     }
 
 

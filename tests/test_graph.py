@@ -37,7 +37,7 @@ def test_an_iteration_adds_as_many_nodes_whatever_the_depth(family: str) -> None
     """Also the proof that no batched operator is a loop over the layers."""
     added = {depth: new_nodes(family, depth, 3)[0] - new_nodes(family, depth, 2)[0] for depth in (4, 9)}
     assert added[4] == added[9]
-    assert 0 < added[4] < 150
+    assert 0 < added[4] < 160
 
 
 @pytest.mark.parametrize("family", ["residual_mlp", "pre_ln_transformer", "gru_loop"])

@@ -550,7 +550,7 @@ def test_operator_checks(operator: str, kind: str) -> None:
     carry = [torch.randn(2, 4, requires_grad=True) for _ in range(2 if kind == "lstm" else 1)]
     arguments: tuple[Any, ...] = (x, carry, list(module.parameters()), kind)
     if operator != "library_training":
-        arguments += (5, 0.0, 1, 0)
+        arguments += (5, 0.0, 1, 0, 0)
     torch.library.opcheck(getattr(torch.ops.hwbp_compile, operator).default, arguments)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Reversible
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..options import Options
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 FIRST_PERIOD = 10
 """Steps from the first watched one to the next; twice as many each time that nothing changes."""
 LONGEST_PERIOD = 320
+RECENT = 8
+"""Steps that are looked at: their records may come late, or never."""
 SUDDEN = 2.0
 """So many times the tolerance may be estimated between watched steps before one is made at once."""
 LOWER = 0.7
@@ -56,9 +59,12 @@ class AutoIterations:
         self._waiting = False
         self._warned = False
 
-    def next_options(self, history: Iterable[Entry]) -> Options:
+    def next_options(self, history: Reversible[Entry]) -> Options:
         """The options of the next step."""
-        for entry in history:
+        recent = list(islice(reversed(history), RECENT))
+        for entry in reversed(recent):
+            if entry.options.iterations == "exact" and not entry.options.watch:
+                continue
             if entry.number > self._read and entry.is_here and (chains := entry.chains()):
                 self._read = entry.number
                 self._take(entry, chains)
@@ -125,22 +131,36 @@ class AutoIterations:
             return
         self._warned = True
         worst = max(chains, key=lambda c: c.steps[-1] if math.isfinite(c.steps[-1]) else math.inf)
+        late = [(k, c.blocks) for c in chains if (k := _settled(c, self._tolerance)) and 2 * k > c.blocks]
+        if worst.steps[-1] <= self._tolerance and late:
+            what = "it takes {} iterations of a chain of {} blocks or groups, more than half of them".format(
+                *max(late)
+            )
+            advice = "Try another gamma or group_size"
+        else:
+            what = (
+                f"iteration {worst.iterations} of a chain of {worst.blocks} blocks or groups still changes "
+                f"the cotangents by {worst.steps[-1]:.2g}, and tolerance is {self._tolerance:.2g}"
+            )
+            advice = "Try gamma or group_size, or a larger max_iterations"
         log.warning(
-            'iterations="auto" uses exact backpropagation for now: iteration %d of a chain of %d blocks '
-            "still changes the cotangents by %.2g, and tolerance is %.2g. Try gamma or group_size, or a "
-            "larger max_iterations; it will be looked at again.",
-            worst.iterations,
-            worst.blocks,
-            worst.steps[-1],
-            self._tolerance,
+            'iterations="auto" uses exact backpropagation for now: %s. %s; it will be looked at again.',
+            what,
+            advice,
         )
 
 
-def _smallest(chain: ChainRecord, tolerance: float) -> int | None:
-    """The smallest k >= 1 after which no recorded step is larger, at most half of the blocks."""
+def _settled(chain: ChainRecord, tolerance: float) -> int | None:
+    """The smallest k >= 1 after which no recorded step is larger."""
     found = None
     for k in range(len(chain.steps) - 1, 0, -1):
         if not chain.steps[k] <= tolerance:
             break
         found = k
+    return found
+
+
+def _smallest(chain: ChainRecord, tolerance: float) -> int | None:
+    """The same, at most half of the blocks: beyond, exact backpropagation has no more to do."""
+    found = _settled(chain, tolerance)
     return found if found is not None and 2 * found <= chain.blocks else None

@@ -82,6 +82,8 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
         done.outcomes = _insert_all(graph, done.outcomes)
         lap("insert")
     _record(graph, done.outcomes, keeps_records)
+    present = set(graph.nodes)
+    done.outcomes = [replace(o, new=tuple(n for n in o.new if n in present)) for o in done.outcomes]
     lap("record")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         simplified(graph, restack)

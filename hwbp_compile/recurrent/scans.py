@@ -10,6 +10,7 @@ import hashlib
 import logging
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class Scan:
         """Put a recurrence in the place of the scan."""
         graph, node, n = self.node.graph, self.node, len(self.init)
         ops = torch.ops.hwbp_compile
-        fields = (settings.iterations, settings.gamma, settings.group_size, settings.exact_tail)
+        fields = astuple(settings)
         with graph.inserting_before(node):
             arguments = (self.inputs, self.init, self.weights, self.cell, *fields)
             new = graph.call_function(ops.recurrent_cell.default, arguments)
