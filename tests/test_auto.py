@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from compare import float64
+from families import FAMILIES, Size
+from reference import plain_run
 from small_models import LENGTH, chain, compiled, grads, model
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -122,12 +125,12 @@ def test_steps_without_a_finite_gradient_say_nothing() -> None:
     assert set(play(geometric(0.4), 30, largest=math.inf)) == {"watched"}
 
 
-def train(m: nn.Module, c: Callable[..., Any], x: Tensor, steps: int) -> list[float]:
+def train(m: nn.Module, c: Callable[..., Any], *x: Tensor, steps: int) -> list[float]:
     """Mean cosines of the parameters' gradients to the exact ones, step by step, under SGD."""
     cosines = []
     for _ in range(steps):
-        exact = grads(m, m, x)
-        found = grads(m, c, x)
+        exact = grads(m, m, *x)
+        found = grads(m, c, *x)
         pairs = [(a, b) for a, b in zip(found, exact, strict=True) if b.norm() > 0]
         each = [float(cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs]
         cosines.append(sum(each) / len(each))
@@ -143,13 +146,23 @@ def test_a_model_trains_with_k_chosen() -> None:
     for block in m[1:-1]:
         block.f[-1].weight.data *= 0.3
     c = compiled(m, apply="always", iterations="auto")
-    cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), 14)
+    cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), steps=14)
     history = hwbp_compile.monitor(m).history
     assert [s.watched for s in history] == [i in (0, 11) for i in range(14)]
     assert cosines[0] == pytest.approx(1, abs=1e-12)
     assert {s.iterations for s in history[1:11]} <= {1, 2, 3, 4}
     assert min(cosines) >= 0.99
     assert max(cosines[1:11]) < 1 - 1e-12
+
+
+def test_a_small_transformer_keeps_good_gradients() -> None:
+    torch.manual_seed(0)
+    case = float64(FAMILIES["pre_ln_transformer"](Size(depth=8)))
+    case.model.run = plain_run
+    c = compiled(case.model, apply="always", iterations="auto")
+    cosines = train(case.model, c, *case.inputs, steps=40)
+    assert sum(cosine >= 0.99 for cosine in cosines) >= 0.95 * len(cosines)
+    assert any(not s.watched for s in hwbp_compile.monitor(case.model).history)
 
 
 class PostNorm(nn.Module):
@@ -168,7 +181,7 @@ def test_a_diverging_model_is_exact_from_the_first_step(caplog: pytest.LogCaptur
     m = nn.Sequential(nn.Linear(4, 6), *(PostNorm() for _ in range(8)), nn.Linear(6, 3)).double()
     c = compiled(m, apply="always", iterations="auto", max_iterations=3)
     with caplog.at_level(logging.WARNING, "hwbp_compile"):
-        cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), 5)
+        cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), steps=5)
     assert cosines == pytest.approx([1] * 5, abs=1e-10)
     assert "uses exact backpropagation for now" in caplog.text
 
@@ -188,9 +201,9 @@ def test_recurrences_are_watched_too() -> None:
 
     m = Reader().double()
     c = compiled(m, apply="always", iterations="auto", group_size=2)
-    cosines = train(m, c, torch.randn(40, 2, 3, dtype=torch.float64), 4)
+    cosines = train(m, c, torch.randn(40, 2, 3, dtype=torch.float64), steps=30)
     history = hwbp_compile.monitor(m).history
-    assert [s.watched for s in history] == [True, False, False, False]
+    assert [s.watched for s in history[:4]] == [True, False, False, False]
     assert history[0].chains[0].over_time
     assert cosines[0] == pytest.approx(1, abs=1e-12)
     assert min(cosines) >= 0.99
@@ -204,3 +217,38 @@ def test_it_begins_again_when_a_setting_changes() -> None:
     hwbp_compile.set_iterations(m, "auto")
     grads(m, c, x)
     assert [s.watched for s in hwbp_compile.monitor(m).history] == [False, True]
+
+
+@pytest.mark.parametrize("iterations", ["auto", LENGTH])
+def test_a_gradient_scaler_leaves_out_the_same_steps(iterations: Any) -> None:
+    """Inf in one batch: the weights stay, the scale is halved, training goes on, as with exact gradients."""
+    torch.manual_seed(0)
+    start = model().float()
+    batches = [torch.randn(5, 4) for _ in range(4)]
+    batches[1][0, 0] = math.inf
+    results = []
+    for highway in (False, True):
+        torch._dynamo.reset()
+        m = model().float()
+        m.load_state_dict(start.state_dict())
+        # A tolerance that no k meets: what is compared is exact, step by step.
+        c = compiled(m, apply="always", iterations=iterations, tolerance=0.0) if highway else m
+        optimizer = torch.optim.SGD(m.parameters(), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scales, weights = [], []
+        for x in batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = c(x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            weights.append([p.detach().clone() for p in m.parameters()])
+        results.append((scales, weights))
+    (exact_scales, exact), (scales, found) = results
+    assert scales == exact_scales == [64.0, 32.0, 32.0, 32.0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    for step, expected in zip(found, exact, strict=True):
+        for a, b in zip(step, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)

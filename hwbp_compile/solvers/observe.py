@@ -55,7 +55,7 @@ def observe(iterates: Sequence[State], blocks: int) -> None:
     if len(iterates) < 2:
         return
     final = _squares(iterates[-1])
-    count = (final > 0).sum()
+    count = (final > 0).sum().clamp(min=1)
     steps = []
     for before, after in list(pairwise(iterates))[-STEPS:]:
         change = _squares(tuple(a - b for a, b in zip(after, before, strict=True)))
