@@ -77,7 +77,7 @@ class HighwayPass:
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
         options = self.options
-        if (options.iterations == "exact" and not options.watch) or options.apply == "never":
+        if not options.is_iterated:
             drop_observations(graph)
             simplified(graph, join_row_gradients)
             return

@@ -54,6 +54,8 @@ class Options:
 
     watch: int = 0
     """With ``iterations="exact"``: so many iterations are made to record their steps only. No option."""
+    records_blocks: bool = False
+    """Whether iterations record each block's last step besides the means. No option."""
     given: frozenset[str] = frozenset()
     """The names of those that the user gave; no option itself."""
 
@@ -73,6 +75,11 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """The options by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata}
+
+    @property
+    def is_iterated(self) -> bool:
+        """Whether a backward pass with these options may hold an iteration."""
+        return self.apply != "never" and (self.iterations != "exact" or self.watch > 0)
 
     def shown(self) -> Options:
         """The options for looking at a graph: with "auto", which k it will be is not known yet."""

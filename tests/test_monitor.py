@@ -62,6 +62,27 @@ def test_steps_are_what_they_are_defined_to_be(codegen: str) -> None:
     assert chain.largest == pytest.approx(float(first.abs().max()), rel=1e-6)
 
 
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_blocks_are_recorded_on_demand(group_size: int) -> None:
+    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+    c = compiled(m, apply="always", iterations=2, group_size=group_size)
+    grads(m, c, x)
+    seen = hwbp_compile.monitor(m)
+    assert seen.current[0].block_steps == ()
+    seen.record_blocks()
+    grads(m, c, x)
+    (chain,) = seen.current
+    assert chain.steps == pytest.approx(seen.history[0].chains[0].steps, rel=1e-5)
+    assert sum(chain.block_steps) / chain.blocks == pytest.approx(chain.steps[-1], rel=1e-5, abs=1e-12)
+    if group_size == 1:
+        _, before, after = cotangents(m, x, 2)
+        each = [float((b - a).norm() / b.norm()) for a, b in zip(before[1:], after[1:], strict=True)]
+        assert chain.block_steps == pytest.approx(each[::-1], rel=1e-4)
+    seen.record_blocks(False)
+    grads(m, c, x)
+    assert seen.current[0].block_steps == ()
+
+
 def test_history_counts_steps_whose_backward_pass_ran() -> None:
     m = model()
     c = compiled(m, apply="always", iterations=2)

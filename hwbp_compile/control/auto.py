@@ -63,9 +63,9 @@ class AutoIterations:
         """The options of the next step."""
         recent = list(islice(reversed(history), RECENT))
         for entry in reversed(recent):
-            if entry.options.iterations == "exact" and not entry.options.watch:
+            if entry.number <= self._read or not entry.options.is_iterated:
                 continue
-            if entry.number > self._read and entry.is_here and (chains := entry.chains()):
+            if entry.is_here and (chains := entry.chains()):
                 self._read = entry.number
                 self._take(entry, chains)
         if self._until_watched <= 0:

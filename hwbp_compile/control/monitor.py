@@ -53,6 +53,15 @@ class Monitor:
         """The last record of every graph's chains; empty as long as there is none."""
         return tuple(chain for steps in self.graphs() for chain in steps[-1].chains)
 
+    def record_blocks(self, on: bool = True) -> None:
+        """Have the next steps record every block's last step by itself, as ``block_steps``.
+
+        Of a chain up to 512 blocks are. It costs a compilation, the first time for each setting, and a little
+        time in each step; with False it ends. It holds for the graphs that were compiled so far.
+        """
+        for runs in self._runs():
+            runs.records_blocks = on
+
     def scalars(self) -> dict[str, float]:
         """The last estimate and k of each chain by a name, as ``SummaryWriter.add_scalar`` takes them."""
         found: dict[str, float] = {}

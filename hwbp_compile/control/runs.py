@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..options import Options
 from ..passes.record import EMPTY, OVER_TIME
-from ..solvers.observe import HEAD
+from ..solvers.observe import HEAD, STEPS
 from .auto import AutoIterations
 from .settings import epoch, overrides_for
 
@@ -38,6 +38,8 @@ class ChainRecord:
     """Per iteration, the mean over the blocks of how far it moved the cotangent, relative to it."""
     largest: float
     """The largest element of the cotangent that came from the loss."""
+    block_steps: tuple[float, ...] = ()
+    """The last step of each block (or group) by itself, in the order of the forward pass, if asked for."""
 
     @property
     def is_finite(self) -> bool:
@@ -90,9 +92,12 @@ class Entry:
 
 
 def _chain(row: list[float]) -> ChainRecord:
-    kind, largest, blocks, iterations, *steps = row
-    count = min(int(iterations), len(steps))
-    return ChainRecord(int(blocks), kind == OVER_TIME, int(iterations), tuple(steps[:count]), largest)
+    kind, largest, blocks, iterations, *rest = row
+    steps, each = rest[:STEPS], rest[STEPS:]
+    steps, each = steps[: int(iterations)], each[: int(blocks)]
+    return ChainRecord(
+        int(blocks), kind == OVER_TIME, int(iterations), tuple(steps), largest, tuple(reversed(each))
+    )
 
 
 assert HEAD == 3, "see _chain"
@@ -137,6 +142,8 @@ class Runs:
         self.steps = 0
         self.last = 0
         """When it began a step, in the order of all steps of all graphs."""
+        self.records_blocks = False
+        self._with_blocks: dict[Options, Options] = {}
         self.auto: AutoIterations | None = None
         self._epoch = -1
         self._order = -1
@@ -163,9 +170,12 @@ class Runs:
         """The settings of the next training step; those that are always the same are the same object."""
         if self._epoch != epoch():
             self._resolve()
-        if self.auto is None:
-            return self._options
-        return self.auto.next_options(self.history)
+        options = self._options if self.auto is None else self.auto.next_options(self.history)
+        if not self.records_blocks or not options.is_iterated:
+            return options
+        if options not in self._with_blocks:
+            self._with_blocks[options] = replace(options, records_blocks=True)
+        return self._with_blocks[options]
 
     def _resolve(self) -> None:
         self._epoch = epoch()
@@ -175,6 +185,7 @@ class Runs:
         if options == self._options and order == self._order:
             return
         self._order = order
+        self._with_blocks.clear()
         self._options = options
         self.auto = AutoIterations(options) if options.iterations == "auto" else None
 

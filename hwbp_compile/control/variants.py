@@ -68,7 +68,7 @@ class Variants:
         runs = self._runs_of(args)
         options = runs.next_options()
         variant = self._variant(options, args)
-        records = new_records(self._device)
+        records = new_records(self._device, options.records_blocks)
         runs.began(options, records)
         return variant(*args, records)
 
@@ -126,7 +126,9 @@ class Variants:
         gm = _compat.copy_dynamo_graph(self._gm)
         if self._device is None:
             return self._compile(gm, inputs, options, False)
-        records = _compat.add_input(gm, "highway_records", new_records(self._device), inputs)
+        records = _compat.add_input(
+            gm, "highway_records", new_records(self._device, options.records_blocks), inputs
+        )
         return self._compile(gm, [*inputs, records], options, True)
 
 

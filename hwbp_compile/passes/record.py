@@ -19,9 +19,16 @@ EMPTY = -1.0
 OVER_TIME, OVER_DEPTH = 1.0, 0.0
 
 
-def new_records(device: torch.device) -> Tensor:
-    """Memory for what one backward pass records: ``[CHAINS, 1 + WIDTH]``, float32, all empty."""
-    return torch.full((CHAINS, 1 + WIDTH), EMPTY, device=device)
+BLOCKS = 512
+"""Blocks of one chain that can be recorded each by itself."""
+
+
+def new_records(device: torch.device, blocks: bool) -> Tensor:
+    """Memory for what one backward pass records: float32, all empty.
+
+    It is ``[CHAINS, 1 + WIDTH]``, and ``BLOCKS`` wider if the blocks are recorded too.
+    """
+    return torch.full((CHAINS, 1 + WIDTH + BLOCKS * blocks), EMPTY, device=device)
 
 
 def observations(graph: Graph) -> list[Node]:
@@ -45,12 +52,15 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
     """
     marks = [(OVER_TIME, n) for n in reversed(over_time)] + [(OVER_DEPTH, n) for n in reversed(over_depth)]
     rows: list[list[Node]] = [list(n.args[0]) for _, n in marks][:CHAINS]  # type: ignore[arg-type]
+    each = [n.args[1] for _, n in marks][:CHAINS]
     for _, node in marks:
         graph.erase_node(node)
     if keep and rows:
         memory = [n for n in graph.nodes if n.op == "placeholder" and not _is_tangent(n)][-1]
         kinds = [kind for kind, _ in marks]
         value = memory.meta["val"]
+        room = value.shape[1] - 1 - WIDTH
+        blocks = each if room else [None] * len(rows)
 
         def collect(*values: Tensor) -> tuple[Tensor]:
             remaining = iter(values)
@@ -60,10 +70,15 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
                 parts.append(value.new_full((1,), kind))
                 parts.extend(next(remaining).reshape(1).to(value.device) for _ in row)
                 parts.append(value.new_full((WIDTH - len(row),), EMPTY))
-            parts.append(value.new_full(((CHAINS - len(rows)) * (1 + WIDTH),), EMPTY))
+                if room:
+                    own = next(remaining)[:room].to(value.device)
+                    parts.extend([own, value.new_full((room - own.shape[0],), EMPTY)])
+            parts.append(value.new_full(((CHAINS - len(rows)) * value.shape[1],), EMPTY))
             return (torch.cat(parts).view(value.shape),)
 
-        inputs = [n for row in rows for n in row]
+        inputs = [
+            n for row, own in zip(rows, blocks, strict=True) for n in (*row, own) if isinstance(n, Node)
+        ]
         traced = _compat.trace(collect, [n.meta["val"] for n in inputs])
         (output,) = graph.find_nodes(op="output")
         with graph.inserting_before(output):

@@ -22,11 +22,11 @@ HEAD = 3
 """Before its steps a row holds the largest element of ``w0``, the number of blocks, and of iterations."""
 WIDTH = HEAD + STEPS
 
-torch.library.define("hwbp_compile::observe", "(Tensor[] row) -> ()")
+torch.library.define("hwbp_compile::observe", "(Tensor[] row, Tensor blocks) -> ()")
 
 
 @torch.library.impl("hwbp_compile::observe", "CompositeExplicitAutograd")
-def _observe(row: list[Tensor]) -> None:
+def _observe(row: list[Tensor], blocks: Tensor) -> None:
     """Nothing: what is not collected is not wanted."""
 
 
@@ -49,21 +49,23 @@ def observe(iterates: Sequence[State], blocks: int) -> None:
                 step_j = mean over blocks of |w_j - w_(j-1)| / |w_k|,        j = 1 .. k
 
             is recorded in float32. With ``delta_j = step_(j+1)`` it is the change that one more iteration
-            makes to ``w_j``. Blocks whose cotangent is zero do not count.
+            makes to ``w_j``. Blocks whose cotangent is zero do not count. Of the last step the blocks' own
+            values are marked too.
         blocks: their number.
     """
     if len(iterates) < 2:
         return
     final = _squares(iterates[-1])
     count = (final > 0).sum().clamp(min=1)
-    steps = []
+    steps, ratio = [], final
     for before, after in list(pairwise(iterates))[-STEPS:]:
         change = _squares(tuple(a - b for a, b in zip(after, before, strict=True)))
         # Where nothing changes 0 / 0 must count as nothing; what is not finite stays so.
-        steps.append(torch.where(change == 0, 0.0, (change / final).sqrt()).sum() / count)
+        ratio = torch.where(change == 0, 0.0, (change / final).sqrt())
+        steps.append(ratio.sum() / count)
     largest = torch.stack([c[0].abs().max().float() for c in iterates[-1]]).max()
     numbers = [final.new_full((), n) for n in (blocks, len(iterates) - 1)]
-    OBSERVE([largest, *numbers, *steps])
+    OBSERVE([largest, *numbers, *steps], ratio)
 
 
 def _squares(state: State) -> Tensor:
