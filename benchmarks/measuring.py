@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hwbp_compile.report.closeness import closeness, with_direction
 
 
 class Step:
@@ -113,9 +114,9 @@ def _status(name: str) -> float:
 
 
 def smallest_cosine(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The smallest cosine between two gradients of one parameter."""
-    pairs = zip(found, exact, strict=True)
-    return min(float(F.cosine_similarity(f.double().flatten(), e.double().flatten(), 0)) for f, e in pairs)
+    """The smallest cosine between two gradients of one parameter, of those that are more than rounding."""
+    live = with_direction({str(i): e for i, e in enumerate(exact)})
+    return min(closeness([found[int(i)]], [exact[int(i)]]).cosine for i in live)
 
 
 def parser(doc: str | None, threads: int = 1, repeats: int = 7) -> argparse.ArgumentParser:

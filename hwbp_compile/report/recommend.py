@@ -40,6 +40,8 @@ class Tried:
     """The smallest k that reaches the target; None if none does."""
     sweeps: float
     """What it then evaluates, in VJPs of all blocks: one per iteration, and what is swept after it."""
+    blocks: int
+    """Of the longest chain that is iterated."""
     sequential: float
     """VJPs that wait for each other: with groups as many per iteration as a group has blocks."""
 
@@ -127,6 +129,12 @@ def recommend(
     return Recommendation(options, tuple(found), target)
 
 
+def sweeps_of(iterations: int, splits: dict[str, Any], blocks: int) -> float:
+    """VJPs of all blocks that so many iterations evaluate, with what is swept exactly after them."""
+    group, tail = splits.get("group_size", 1), splits.get("exact_tail", 0)
+    return iterations + (group - 1) / group + tail / blocks
+
+
 def _try(
     tried: Trial,
     batches: Sequence[Any],
@@ -153,6 +161,7 @@ def _try(
         dict(splits),
         cosines,
         k if reached else None,
-        k + (group - 1) / group + tail / blocks,
+        sweeps_of(k, splits, blocks),
+        blocks,
         k * group + group - 1 + tail,
     )
