@@ -25,9 +25,8 @@ class Options:
     """
 
     iterations: int | Literal["exact", "auto"] = _option(
-        4,
-        'the paper\'s k: int >= 0 (over time 2 by default), "exact" for no approximation, '
-        'or "auto" to choose it while training',
+        "auto",
+        'the paper\'s k: int >= 0, "exact" for no approximation, or "auto" to choose it while training',
     )
     gamma: float = _option(
         0.0, "share of the residual path counted as part of the block, in [0, 1]; 1 is fixed-point iteration"
@@ -96,7 +95,7 @@ class Options:
         return replace(self, **{k: v for k, v in _OVER_TIME.items() if k not in self.given})
 
 
-_OVER_TIME: dict[str, Any] = {"iterations": 2, "group_size": 8}
+_OVER_TIME: dict[str, Any] = {"group_size": 8}
 
 
 def _check_int(name: str, value: Any, low: int, alternative: str = "") -> None:

@@ -93,9 +93,12 @@ def test_exact_where_half_the_blocks_are_not_enough() -> None:
 
 
 def test_exact_where_nothing_is_recorded() -> None:
-    chosen = play(lambda *_: None, 500)
-    assert set(chosen) == {"watched", "exact"}
-    assert chosen.count("watched") < 10
+    """A watched step is one without iterations then, and needs no second compilation."""
+    assert set(play(lambda *_: None, 50)) == {"watched"}
+    # From some step on, such as behind a condition in the model.
+    chosen = play(lambda step, k: None if step > 20 else geometric(0.4)(step, k), 2000)
+    assert chosen[-1] == 3
+    assert chosen.count("watched") < 20
 
 
 @pytest.mark.parametrize("delay", [0, 2])

@@ -76,7 +76,7 @@ def test_json_graphs_and_a_drawing(file: Path, tmp_path: Path, capsys: pytest.Ca
 def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["options"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("iterations ") and "(default 4)" in line for line in lines)
+    assert any(line.startswith("iterations ") and "(default 'auto')" in line for line in lines)
     assert main(["options", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gamma"]["default"] == 0.0
 

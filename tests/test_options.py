@@ -59,7 +59,7 @@ def test_defaults() -> None:
     ours, inductor = parse_options(None)
     assert ours == Options()
     assert inductor == {}
-    assert (ours.iterations, ours.gamma, ours.group_size, ours.exact_tail) == (4, 0.0, 1, 0)
+    assert (ours.iterations, ours.gamma, ours.group_size, ours.exact_tail) == ("auto", 0.0, 1, 0)
 
 
 def test_defaults_over_time() -> None:
@@ -69,9 +69,9 @@ def test_defaults_over_time() -> None:
         options = parse_options(given)[0].over_time()
         return options.iterations, options.group_size
 
-    assert over_time() == (2, 8)
+    assert over_time() == ("auto", 8)
     assert over_time(iterations=4) == (4, 8)
-    assert over_time(group_size=1) == (2, 1)
+    assert over_time(group_size=1) == ("auto", 1)
     assert over_time(iterations="exact") == ("exact", 8)
     assert "given" not in list_options()
     assert "given" not in Options().to_dict()
@@ -93,7 +93,7 @@ def test_list_options() -> None:
     for entry in listed.values():
         assert entry["doc"]
         assert "\n" not in entry["doc"]
-    assert listed["iterations"]["default"] == 4
+    assert listed["iterations"]["default"] == "auto"
 
 
 def test_inductor_options_and_modes_pass_through() -> None:

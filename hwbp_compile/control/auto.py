@@ -56,7 +56,7 @@ class AutoIterations:
         self._period = FIRST_PERIOD
         self._until_watched = 0
         self._read = -1
-        self._waiting = False
+        self._waiting, self._decided = False, False
         self._warned = False
 
     def next_options(self, history: Reversible[Entry]) -> Options:
@@ -68,8 +68,9 @@ class AutoIterations:
             if entry.is_here and (chains := entry.chains()):
                 self._read = entry.number
                 self._take(entry, chains)
-        if self._until_watched <= 0:
-            if self._waiting:  # for the last one, which recorded nothing: there may be nothing to record
+        if self._until_watched <= 0 or not self._decided:
+            # Where nothing is iterated nothing is recorded, and a watched step is no more than an exact one.
+            if self._waiting:
                 self._period = min(2 * self._period, LONGEST_PERIOD)
             self._until_watched, self._waiting = self._period, True
             return self.first
@@ -98,7 +99,7 @@ class AutoIterations:
             self.iterations = None
 
     def _decide(self, chains: tuple[ChainRecord, ...]) -> None:
-        before, self._waiting = self.iterations, False
+        before, self._waiting, self._decided = self.iterations, False, True
         k = self._smallest(chains, self._tolerance)
         if k is not None and before is not None and k < before:
             # Not lower for a change that the next steps may undo.

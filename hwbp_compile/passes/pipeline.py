@@ -20,7 +20,7 @@ from .decide import reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
-from .record import observations, record
+from .record import needed_without_records, observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
 from .worth import Comparison, compare
@@ -81,9 +81,9 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes)
         lap("insert")
+    live = needed_without_records(graph)
     _record(graph, done.outcomes, keeps_records)
-    present = set(graph.nodes)
-    done.outcomes = [replace(o, new=tuple(n for n in o.new if n in present)) for o in done.outcomes]
+    done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         simplified(graph, restack)

@@ -36,6 +36,16 @@ def observations(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target is OBSERVE]
 
 
+def needed_without_records(graph: Graph) -> set[Node]:
+    """The nodes that more depends on than marks."""
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        kept = node.op in ("output", "placeholder") or any(user in needed for user in node.users)
+        if kept or (node.target is not OBSERVE and node.is_impure()):
+            needed.add(node)
+    return needed
+
+
 def drop_observations(graph: Graph) -> None:
     """Take all marks out of a graph."""
     record(graph, observations(graph), [], keep=False)

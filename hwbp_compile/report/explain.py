@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,11 +55,9 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         settings, _ = parse_options(compiled.options, compiled.mode)
     else:
         settings, _ = parse_options(options)
-    notes = []
-    if settings.iterations == "auto":
-        settings = settings.shown()
-        notes.append(f'iterations="auto" chooses k while training; this is k = {settings.iterations}')
+    chosen, settings = settings.iterations == "auto", settings.shown()
     captured = capture(compiled.original, args, kwargs, settings, compiled.dynamic)
+    notes = []
     if compiled.backend is not None and not ours:
         notes.append(
             f'the model is compiled with backend="{compiled.backend}"; this is what "highway" would do'
@@ -68,7 +66,11 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         notes.append("parts of the model are compiled on their own; this is what happens if all of it is")
     names = module_names(compiled.original)
     notes.extend(_recurrent_notes(compiled.original, captured, names))
-    return explain_capture(captured, settings, names, notes)
+    found = explain_capture(captured, settings, names, notes)
+    if not chosen or not any(c.applied for c in found.chains):
+        return found
+    note = f'iterations="auto" chooses k while training; this is k = {settings.iterations}'
+    return replace(found, notes=(note, *found.notes))
 
 
 def _recurrent_notes(model: Any, captured: Capture, names: Names) -> list[str]:
