@@ -167,7 +167,7 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:2] == ["k", "cosine"]
-    assert [line.split()[0] for line in lines[1:3]] == ["1", "5"]
+    assert [line.split()[0] for line in lines[2:4]] == ["1", "5"]
     assert (tmp_path / "a.png").exists()
     assert main(["fidelity", where, "--iterations", "5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["iterations"] == 5

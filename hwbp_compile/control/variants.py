@@ -74,7 +74,7 @@ class Variants:
 
     def _runs_of(self, args: Sequence[Any]) -> Runs:
         """What belongs to the model that runs: equal models share one compiled graph."""
-        if not self._seen_arguments:
+        if not self._seen_arguments and not all(x is None for x in args):
             found = (i for i, x in enumerate(args) if isinstance(x, nn.Parameter))
             self._position, self._seen_arguments = next(found, None), True
         if self._position is None:
