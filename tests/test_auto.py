@@ -128,6 +128,13 @@ def test_steps_without_a_finite_gradient_say_nothing() -> None:
     assert set(play(geometric(0.4), 30, largest=math.inf)) == {"watched"}
 
 
+def test_steps_without_a_gradient_say_nothing() -> None:
+    assert set(play(lambda _, k: [0.0] * k, 30)) == {"watched"}
+    chosen = play(lambda step, k: [0.0] * k if step in (0, 12) else geometric(0.4)(step, k), 40)
+    assert chosen[:2] == ["watched"] * 2
+    assert set(chosen[2:]) == {"watched", 3}
+
+
 def train(m: nn.Module, c: Callable[..., Any], *x: Tensor, steps: int) -> list[float]:
     """Mean cosines of the parameters' gradients to the exact ones, step by step, under SGD."""
     cosines = []

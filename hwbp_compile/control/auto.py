@@ -86,8 +86,8 @@ class AutoIterations:
         return self._with[k]
 
     def _take(self, entry: Entry, chains: tuple[ChainRecord, ...]) -> None:
-        if not all(c.is_finite for c in chains):
-            # No gradient to be judged; a gradient scaler leaves the step out.
+        if not all(c.is_finite for c in chains) or not any(c.is_moved for c in chains):
+            # No gradient to be judged: a gradient scaler leaves the step out, or there is none.
             self._until_watched *= not entry.options.watch
             return
         if entry.options.watch:
@@ -112,13 +112,16 @@ class AutoIterations:
             self._ratios = []
             self._warn(chains)
             return
-        self._ratios = [min(1.0, c.steps[k] / c.steps[k - 1]) if len(c.steps) > k else 1.0 for c in chains]
+        self._ratios = [
+            min(1.0, c.steps[k] / c.steps[k - 1]) if len(c.steps) > k and c.steps[k - 1] else 1.0
+            for c in chains
+        ]
         if k != before:
             log.info("From now on %d iterations.", k)
 
     def _smallest(self, chains: tuple[ChainRecord, ...], tolerance: float) -> int | None:
         """The smallest k after which no more iteration moves any chain's cotangents by more than that."""
-        needed = [_smallest(c, tolerance) for c in chains]
+        needed = [_smallest(c, tolerance) for c in chains if c.is_moved]
         found = [k for k in needed if k is not None]
         return max(found) if found and len(found) == len(needed) else None
 

@@ -47,6 +47,11 @@ class ChainRecord:
         return math.isfinite(self.largest)
 
     @property
+    def is_moved(self) -> bool:
+        """Whether an iteration changed anything; where no gradient arrives none does, which says nothing."""
+        return any(step != 0 for step in self.steps)
+
+    @property
     def estimate(self) -> float:
         """How far one more iteration would move the cotangents.
 
