@@ -301,22 +301,39 @@ def real_inputs(gm: fx.GraphModule) -> list[Any]:
     return [getattr(argument, "example", None) for argument in arguments]
 
 
-def compile_later(compile: Callable[[], T], example_inputs: Sequence[Any]) -> tuple[T, bool]:
+def in_backward_pass() -> bool:
+    """Whether autograd's engine makes this call."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def known_of_sizes(example_inputs: Sequence[Any]) -> Any:
+    """All that has been found or assumed about the symbolic sizes of fake inputs so far; to be compared."""
+    mode = _fake_mode([x for x in example_inputs if isinstance(x, torch.Tensor)])
+    if mode is None or mode.shape_env is None:
+        return None
+    env = mode.shape_env
+    facts = ("replacements", "var_to_range", "divisible")
+    return len(env.guards), *(str(getattr(env, name, None)) for name in facts)
+
+
+def compile_later(
+    compile: Callable[[], T], example_inputs: Sequence[Any], known_before: Any
+) -> tuple[T, bool]:
     """Compile for fake inputs after Dynamo, which had made them, is done.
 
     Returns:
-        The result, and whether it holds for all inputs that Dynamo would pass on: no new condition on a
-        symbolic size was met.
+        The result, and whether it holds for all inputs that Dynamo would pass on: no more is taken for
+        granted of a symbolic size than ``known_before``, when Dynamo was done. What one late compilation has
+        found stays known to all later ones.
     """
     from torch._guards import TracingContext, tracing
 
     mode = _fake_mode([x for x in example_inputs if isinstance(x, torch.Tensor)])
     if mode is None:
         return compile(), True
-    before = 0 if mode.shape_env is None else len(mode.shape_env.guards)
     with tracing(TracingContext(mode)):
         result = compile()
-    return result, mode.shape_env is None or len(mode.shape_env.guards) == before
+    return result, known_of_sizes(example_inputs) == known_before
 
 
 _UNSEEN = "highway_unseen"

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from . import _compat
 from .errors import OptionError
 
+MOST = 31
+"""The largest k that may be chosen: one more iteration is recorded beside it."""
+
 
 def _option(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
@@ -62,6 +65,8 @@ class Options:
         if self.iterations not in ("exact", "auto"):
             _check_int("iterations", self.iterations, 0, ', "exact" or "auto"')
         _check_int("max_iterations", self.max_iterations, 1)
+        if self.max_iterations > MOST:
+            raise OptionError(f"Option max_iterations must be at most {MOST}, but is {self.max_iterations}.")
         _check_number("tolerance", self.tolerance, 0.0, math.inf)
         _check_int("group_size", self.group_size, 1)
         _check_int("exact_tail", self.exact_tail, 0)

@@ -155,6 +155,30 @@ def test_where_it_holds_for_some_sizes_only_each_size_is_compiled() -> None:
     assert len(compilations) == 3  # one that is not used, and two sizes
 
 
+def test_what_one_compilation_finds_of_a_length_is_not_taken_for_granted_by_the_next() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(self.rnn(x)[0])
+            return y
+
+    torch.manual_seed(0)
+    m = Reader().double()
+    inputs = [torch.randn(n, 2, 3, dtype=torch.float64) for n in (16, 17, 5)]
+    expected = {k: [fresh(m, x, iterations=k, group_size=8) for x in inputs] for k in (1, 2)}
+    torch._dynamo.reset()
+    c = compiled(m, apply="always", iterations="exact", group_size=8, dynamic=True)
+    grads(m, c, inputs[0])
+    for k in (0, 1, 2):
+        hwbp_compile.set_iterations(m, k)
+        for x, e in zip(inputs, expected.get(k, [None] * 3), strict=True):
+            found = grads(m, c, x)
+            assert e is None or same(found, e), (k, len(x))
+
+
 def test_a_thousand_settings_leave_few_compiled_graphs() -> None:
     gm = torch.fx.symbolic_trace(nn.Identity())
     variants = Variants(gm, [X], Options(), lambda *_: lambda *args: args)

@@ -84,7 +84,9 @@ class Entry:
     @property
     def is_here(self) -> bool:
         """Whether reading would not wait for the device."""
-        return self._event is None or bool(self._event.query())
+        if self._event is None:
+            return self._records.device.type != "cuda"
+        return bool(self._event.query())
 
     def chains(self) -> tuple[ChainRecord, ...]:
         """One record per chain; none before the backward pass is done, and where nothing is iterated."""
@@ -165,6 +167,11 @@ class Runs:
     def parameter(self) -> Tensor | None:
         """The parameter that it is known by."""
         return None if self._parameter is None else self._parameter()
+
+    @property
+    def last_options(self) -> Options | None:
+        """Those of the last training step; None before the first."""
+        return self.history[-1].options if self.history else None
 
     def first_options(self) -> Options:
         """The settings of the first training step, before it begins."""

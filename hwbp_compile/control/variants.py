@@ -49,6 +49,7 @@ class Variants:
         self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._alone = Runs(options, None)
         self._last: tuple[Any, Runs] = (lambda: None, self._alone)
+        self._known: Any = None
         self._current: tuple[Options | None, Callable[..., Any]] = (None, self._missing)
         self._position: int | None = None
         self._seen_arguments = False
@@ -60,12 +61,16 @@ class Variants:
         options = runs.first_options()
         self._compiled[options] = self._compile_for(options, example_inputs)
         self._current = options, self._compiled[options]  # type: ignore[assignment]
+        self._known = _compat.known_of_sizes(self._fake)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph with the settings in force for the parameters it is given."""
         if self._device is None:  # settings are of the backward pass
             return self._current[1](*args)
         runs = self._runs_of(args)
+        if _compat.in_backward_pass():  # a checkpoint computes again what it had not kept
+            options = runs.last_options or runs.next_options()
+            return self._variant(options, args)(*args, new_records(self._device, options.records_blocks))
         options = runs.next_options()
         variant = self._variant(options, args)
         records = new_records(self._device, options.records_blocks)
@@ -98,7 +103,7 @@ class Variants:
             if options not in self._compiled:
                 log.info("A graph is compiled for iterations=%s.", options.iterations)
                 compiled, general = _compat.compile_later(
-                    lambda: self._compile_for(options, self._fake), self._fake
+                    lambda: self._compile_for(options, self._fake), self._fake, self._known
                 )
                 # Where it holds for some sizes only, it is compiled for each of them that comes.
                 self._add(options, compiled if general else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def fidelity(
                     mean_cosine(found, exact),
                     min(each, key=lambda n: each[n].cosine, default=""),
                     each,
-                    norm(change) / norm(list(found.values())),
+                    norm(change) / (norm(list(found.values())) or math.nan),
                     tuple(c.estimate for c in chains),
                 )
             )

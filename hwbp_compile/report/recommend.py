@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import OptionError
 from .closeness import mean_cosine
 from .table import table
 from .trial import LossFunction, Trial, trial
@@ -115,6 +116,11 @@ def recommend(
     """
     if not 0 < target <= 1:
         raise ValueError(f"target must be a cosine in (0, 1], but is {target!r}.")
+    for split in splits:
+        if wrong := split.keys() - _PLAIN.keys():
+            raise OptionError(f"A split has {', '.join(_PLAIN)} only, but one has {min(wrong)!r}.")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, but is {max_iterations!r}.")
     kept = list(batches)
     if not kept or not splits:
         raise ValueError("recommend needs at least one batch and one split.")

@@ -45,17 +45,17 @@ class Trial:
         set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
         set_random_states(self._states)
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        for _, p in named:
-            p.grad = None
-        loss = self._loss_fn(_Caller(self._model, self._compiled), batch)
+        caller = _Caller(self._model, self._compiled)
+        loss = self._loss_fn(caller, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("loss_fn(model, batch) must return the loss, a tensor of one element.")
         if not loss.requires_grad:
             raise ValueError("The loss depends on no parameter that requires a gradient.")
-        loss.backward()
-        found = {name: p.grad for name, p in named if p.grad is not None}
-        for _, p in named:
-            p.grad = None
+        if not caller.called:
+            raise ValueError("loss_fn(model, batch) must call the model that it is given: model(...).")
+        # Not backward(): hooks behind a parameter's gradient may change the parameter.
+        each = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        found = {name: g for (name, _), g in zip(named, each, strict=True) if g is not None}
         chains = [c for runs in self._runs if runs.history for c in runs.history[-1].chains()]
         return found, tuple(chains)
 
@@ -67,12 +67,14 @@ class _Caller(nn.Module):
         super().__init__()
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_compiled", compiled)
+        object.__setattr__(self, "called", False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        object.__setattr__(self, "called", True)
         return self._compiled(self._model, args, kwargs)
 
 
