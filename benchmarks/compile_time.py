@@ -22,6 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Graph
+
+from hwbp_compile.options import Options
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -31,16 +34,16 @@ def measure(arguments: argparse.Namespace, backend: str) -> dict[str, float]:
     from char_gpt import CharGPT
 
     import hwbp_compile.backend
-    from hwbp_compile.passes.pipeline import rewrite
+    from hwbp_compile.passes.pipeline import Record, rewrite
 
     passes: list[float] = []
 
-    def timed_rewrite(*args: object) -> object:
-        record = rewrite(*args)  # type: ignore[arg-type]
+    def timed_rewrite(graph: Graph, options: Options, *, keeps_records: bool) -> Record:
+        record = rewrite(graph, options, keeps_records=keeps_records)
         passes.append(sum(record.seconds.values()))
         return record
 
-    hwbp_compile.backend.rewrite = timed_rewrite  # type: ignore[assignment]
+    hwbp_compile.backend.rewrite = timed_rewrite
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     # What Inductor does once a process (imports, the precompiled header) is not what is compared.

@@ -9,7 +9,6 @@ exact gradients: the sweeps to a mean cosine of 0.99 and of 0.999 over the param
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from paper import loss_of
@@ -17,7 +16,7 @@ from paper_tasks import PaperTask, tasks
 from torch import nn
 
 import hwbp_compile
-from hwbp_compile.report.recommend import SPLITS, sweeps_of
+from hwbp_compile.report.recommend import SPLITS, name_of, sweeps_of
 from hwbp_compile.report.table import table
 
 TARGETS = (0.99, 0.999)
@@ -38,11 +37,6 @@ def rows_of(task: PaperTask, model: nn.Module, most: int) -> list[list[str]]:
         last = max(tried.cosines)
         rows.append([*cells, f"{tried.cosines[last]:.4f} at k = {last}"])
     return rows
-
-
-def name_of(split: dict[str, Any]) -> str:
-    """A split in words."""
-    return ", ".join(f"{name} {value}" for name, value in split.items()) or "plain"
 
 
 def train(task: PaperTask, model: nn.Module) -> None:

@@ -49,15 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="package.module:function or path/to/file.py:function; called without arguments, it returns "
         "(model, args) or (model, args, kwargs)",
     )
-    command.add_argument(
-        "--option",
-        "-o",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the backend; repeat it for more",
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_options(command, "an option of the backend")
     command.add_argument(
         "--draw", type=Path, metavar="FILE", help="draw the backward pass into an .svg or .png file"
     )
@@ -83,19 +75,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="values of k",
     )
+    _add_options(command, "gamma, group_size or exact_tail")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .png, .svg or .pdf file")
+    command = commands.add_parser("options", help="list the options of the backend")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser, what: str) -> None:
+    """Options by name and value, and how to print the result."""
     command.add_argument(
         "--option",
         "-o",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="gamma, group_size or exact_tail; repeat it for more",
+        help=f"{what}; repeat it for more",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .png, .svg or .pdf file")
-    command = commands.add_parser("options", help="list the options of the backend")
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser
 
 
 def _options(given: argparse.Namespace) -> int:

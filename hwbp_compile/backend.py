@@ -57,9 +57,7 @@ def highway(
         compiled: Callable[..., Any] = compiler(gm, inputs, inductor, HighwayPass(options, keeps_records))
         return compiled
 
-    variants = Variants(gm, example_inputs, ours, compile)
-    variants.compile_first(example_inputs)
-    return variants
+    return Variants(gm, example_inputs, ours, compile)
 
 
 setattr(highway, MARK, True)

@@ -29,7 +29,7 @@ Compile = Callable[[GraphModule, Sequence[Any], Options, bool], Callable[..., An
 
 
 class Variants:
-    """What Dynamo calls in place of a graph of the user's.
+    """What Dynamo calls in place of a graph of the user's; made while Dynamo compiles.
 
     Args:
         gm: the graph as Dynamo handed it over; it is left as it is.
@@ -49,18 +49,13 @@ class Variants:
         self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._alone = Runs(options, None)
         self._last: tuple[Any, Runs] = (lambda: None, self._alone)
-        self._known: Any = None
-        self._current: tuple[Options | None, Callable[..., Any]] = (None, self._missing)
         self._position: int | None = None
         self._seen_arguments = False
         self._device = _device_of(gm, example_inputs) if _trains(gm, example_inputs) else None
-
-    def compile_first(self, example_inputs: Sequence[Any]) -> None:
-        """Compile what the model begins with, while Dynamo is there."""
-        runs = self._runs_of(_compat.real_inputs(self._gm))
-        options = runs.first_options()
-        self._compiled[options] = self._compile_for(options, example_inputs)
-        self._current = options, self._compiled[options]  # type: ignore[assignment]
+        # What the model begins with is compiled at once, while Dynamo is there.
+        first = self._runs_of(_compat.real_inputs(gm)).first_options()
+        self._current = first, self._compile_for(first, example_inputs)
+        self._add(*self._current)
         self._known = _compat.known_of_sizes(self._fake)
 
     def __call__(self, *args: Any) -> Any:
@@ -118,9 +113,6 @@ class Variants:
             if key is options:
                 self._current = options, found
             return found
-
-    def _missing(self, *args: Any) -> Any:
-        raise RuntimeError("nothing is compiled yet")
 
     def _add(self, key: Any, variant: Callable[..., Any] | None) -> None:
         self._compiled[key] = variant

@@ -154,11 +154,12 @@ def _outcome(
     """Decide on one chain and trace its schedule."""
     if not options.watch:
         return _worth_it(graph, _plan(found, options, part, taken), options)
-    # Nothing is to be seen of a chain that would stay exact with one iteration.
-    least = replace(options, iterations=1, watch=0)
-    outcome = _worth_it(graph, _plan(found, least, part, taken), least)
-    if outcome.schedule is None:
-        return outcome
+    if options.apply == "auto":
+        # Nothing is to be seen of a chain that would stay exact with one iteration.
+        least = replace(options, iterations=1, watch=0)
+        outcome = _worth_it(graph, _plan(found, least, part, taken), least)
+        if outcome.schedule is None:
+            return outcome
     return _plan(found, replace(options, iterations=options.watch), part, taken)
 
 

@@ -14,13 +14,11 @@ from .graft import graft
 
 CHAINS = 16
 """Chains of one graph that can be recorded."""
+BLOCKS = 512
+"""Blocks of one chain that can be recorded each by itself."""
 EMPTY = -1.0
 """Where nothing is."""
 OVER_TIME, OVER_DEPTH = 1.0, 0.0
-
-
-BLOCKS = 512
-"""Blocks of one chain that can be recorded each by itself."""
 
 
 def new_records(device: torch.device, blocks: bool) -> Tensor:

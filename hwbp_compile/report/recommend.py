@@ -69,7 +69,7 @@ class Recommendation:
             found = t.iterations is not None
             rows.append(
                 [
-                    ", ".join(f"{name}={value}" for name, value in t.splits.items()) or "plain",
+                    name_of(t.splits),
                     str(k) if found else f"> {k}",
                     f"{t.cosines[k]:.5f}",
                     f"{t.sweeps:.2g}" if found else "-",
@@ -133,6 +133,11 @@ def recommend(
     if best.iterations is not None:
         options = {"iterations": best.iterations, **best.splits}
     return Recommendation(options, tuple(found), target)
+
+
+def name_of(splits: dict[str, Any]) -> str:
+    """A split in words."""
+    return ", ".join(f"{name}={value}" for name, value in splits.items()) or "plain"
 
 
 def sweeps_of(iterations: int, splits: dict[str, Any], blocks: int) -> float:
