@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from paper_tasks import PaperTask, tasks
+from paper_tasks import Data, PaperTask, tasks
 from torch import Tensor, nn
 
 import hwbp_compile
@@ -73,16 +73,21 @@ def run(task: PaperTask, model: nn.Module, compiled: Any, setting: dict[str, Any
                 outcome.sampled.append((compare(model, twin, batch), not iterated))
         optimizer.step()
         schedule.step()
+    outcome.loss, outcome.accuracy = validate(model, task.data)
+    return outcome
+
+
+def validate(model: nn.Module, data: Data) -> tuple[float, float]:
+    """Mean loss and accuracy over the validation data."""
+    losses, right = [], []
     with torch.no_grad():
         model.eval()
-        losses, right = [], []
-        for batch in task.data.validation:
-            logits = model(batch[0]).flatten(0, -2)
-            losses.append(float(F.cross_entropy(logits, batch[1].flatten())))
-            right.append(float((logits.argmax(-1) == batch[1].flatten()).double().mean()))
+        for batch in data.validation:
+            logits, wanted = model(batch[0]).flatten(0, -2), batch[1].flatten()
+            losses.append(float(F.cross_entropy(logits, wanted)))
+            right.append(float((logits.argmax(-1) == wanted)[wanted >= 0].double().mean()))
         model.train()
-    outcome.loss, outcome.accuracy = statistics.fmean(losses), statistics.fmean(right)
-    return outcome
+    return statistics.fmean(losses), statistics.fmean(right)
 
 
 def steps_so_far(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from char_gpt import CharGPT
 from data import Batch, Data, characters, digits, pixels
 from digits_resnet import DigitsResNet
 from recurrent import CharGRU, PixelGRU
+from translation import number_words, translator
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def tasks() -> dict[str, Callable[[], PaperTask]]:
         "GRU, characters": lambda: text(lambda n: CharGRU(n, 64), 64, 1e-2),
         "3 x GRU, characters": lambda: text(DeepCharGRU, 64, 1e-2),
         "GRU, pixels": lambda: PaperTask(lambda d: PixelGRU(d.classes, 64, 48), pixels(32, 8), 600, 1e-2),
+        "translation": lambda: PaperTask(translator, number_words(16), 300, 4e-3),
     }
 
 
-__all__ = ["Batch", "PaperTask", "tasks"]
+__all__ = ["Batch", "Data", "PaperTask", "tasks"]

@@ -3,6 +3,7 @@
 from .control.monitor import monitor as monitor
 from .control.schedule import IterationsSchedule as IterationsSchedule
 from .control.settings import set_iterations as set_iterations
+from .errors import ModelError as ModelError
 from .errors import OptionError as OptionError
 from .options import Options as Options
 from .options import list_options as list_options
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Fidelity",
     "IterationsSchedule",
+    "ModelError",
     "OptionError",
     "Options",
     "Recommendation",

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import OptionError
+from .control.settings import module_of
+from .errors import ModelError, OptionError
 from .options import list_options
 from .report.explain import explain
 from .report.explanation import Explanation
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return _COMMANDS[given.command](given)
-    except (UsageError, OptionError) as error:
+    except (UsageError, OptionError, ModelError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
 
@@ -132,12 +133,16 @@ def _fidelity(given: argparse.Namespace) -> int:
     if not isinstance(made, tuple) or len(made) != 3 or not callable(made[1]):
         raise UsageError(f"{given.factory} must return (model, loss_fn, batch), but returned {_kind(made)}.")
     try:
-        report = fidelity(*made, given.iterations, **options)
-        print(json.dumps(report.to_dict(), indent=2) if given.json else report)
-        if given.plot is not None:
-            report.plot(given.plot)
-    except (ValueError, TypeError, ImportError) as error:
+        module_of(made[0], "fidelity")
+    except TypeError as error:
         raise UsageError(str(error)) from None
+    report = fidelity(*made, given.iterations, **options)
+    print(json.dumps(report.to_dict(), indent=2) if given.json else report)
+    if given.plot is not None:
+        try:
+            report.plot(given.plot)
+        except ImportError as error:
+            raise UsageError(f"nothing is drawn: {error}") from None
     return 0
 
 

@@ -9,6 +9,10 @@ class OptionError(ValueError):
     """An option has a wrong name, type or value. The message says which, and what is allowed."""
 
 
+class ModelError(ValueError):
+    """A model, a loss or a batch cannot be used as it was given. The message says why."""
+
+
 class CannotRewrite(Exception):
     """A chain is left exact. Raised by a pass, caught once by the pipeline, which logs and reports it.
 

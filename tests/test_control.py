@@ -168,11 +168,11 @@ def test_what_one_compilation_finds_of_a_length_is_not_taken_for_granted_by_the_
     torch.manual_seed(0)
     m = Reader().double()
     inputs = [torch.randn(n, 2, 3, dtype=torch.float64) for n in (16, 17, 5)]
-    expected = {k: [fresh(m, x, iterations=k, group_size=8) for x in inputs] for k in (1, 2)}
+    expected = {1: [fresh(m, x, iterations=1, group_size=8) for x in inputs]}
     torch._dynamo.reset()
     c = compiled(m, apply="always", iterations="exact", group_size=8, dynamic=True)
     grads(m, c, inputs[0])
-    for k in (0, 1, 2):
+    for k in (0, 1):
         hwbp_compile.set_iterations(m, k)
         for x, e in zip(inputs, expected.get(k, [None] * 3), strict=True):
             found = grads(m, c, x)

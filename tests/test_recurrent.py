@@ -554,7 +554,7 @@ def test_operator_checks(operator: str, kind: str) -> None:
     torch.library.opcheck(getattr(torch.ops.hwbp_compile, operator).default, arguments)
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
 def test_inductor_in_single_precision(kind: str) -> None:
     module = KINDS[kind](3, 8, num_layers=2)
     model = Model(module)

@@ -108,6 +108,6 @@ def monitor(model: nn.Module) -> Monitor:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` is compiled with another backend.
+        ModelError: ``model`` is compiled with another backend.
     """
     return Monitor(module_of(model, "monitor"))

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from .. import _compat
+from ..errors import ModelError
 from ..options import Options
 
 NAMES = ("iterations", "gamma", "group_size", "exact_tail")
@@ -62,7 +63,8 @@ def set_iterations(
     It holds from the next forward pass on, for everything that is compiled with ``backend="highway"`` and
     reads the model's parameters; what was set last counts where models share some. A value that was used
     before costs nothing. A new one costs one compilation, without Dynamo, when the model is called next; of
-    each compiled graph the last 16 settings are kept.
+    each compiled graph the last 16 settings are kept. Where other tensors take the parameters' place
+    (``torch.func.functional_call``), the model is not known, and keeps what it was compiled with.
 
     Args:
         model: what was compiled, or what ``torch.compile`` made of it; also before it is compiled.
@@ -75,13 +77,13 @@ def set_iterations(
     Raises:
         OptionError: a value has a wrong type or is out of range; nothing is changed then.
         TypeError: ``model`` is no module.
-        ValueError: ``model`` has no parameters, or is compiled with another backend.
+        ModelError: ``model`` has no parameters, or is compiled with another backend.
     """
     module = module_of(model, "set_iterations")
     if next(module.parameters(), None) is None:
-        raise ValueError(
-            "set_iterations knows a model by its parameters, and this one has none; "
-            "give options to torch.compile instead."
+        raise ModelError(
+            "set_iterations knows a model by its parameters, and this one has none; give options to "
+            "torch.compile instead, or, if it is a block whose parameters are stacked, the whole model."
         )
     given = dict(zip(NAMES, (iterations, gamma, group_size, exact_tail), strict=True))
     present = _overrides.get(module) or Overrides()
@@ -116,13 +118,13 @@ def module_of(model: Any, caller: str) -> nn.Module:
 
     Raises:
         TypeError: it is no module.
-        ValueError: it is compiled with another backend.
+        ModelError: it is compiled with another backend.
     """
     compiled = _compat.compiled_parts(model)
     if not isinstance(compiled.original, nn.Module):
         raise TypeError(f"{caller} takes a module, but got {type(model).__name__}.")
     if compiled.backend not in (None, "highway"):
-        raise ValueError(
+        raise ModelError(
             f'{caller} needs a model compiled with backend="highway", and this one is compiled '
             f'with backend="{compiled.backend}".'
         )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..control.settings import NAMES
-from ..errors import OptionError
+from ..errors import ModelError, OptionError
 from .closeness import Closeness, closeness, mean_cosine, norm, with_direction
 from .table import table
 from .trial import LossFunction, trial
@@ -118,8 +118,9 @@ def fidelity(
     Raises:
         OptionError: a setting is wrong.
         TypeError: ``model`` is no module.
-        ValueError: ``model`` is compiled with another backend, ``loss_fn`` returns no scalar with a gradient,
-            or there is no k.
+        ModelError: ``model`` is compiled with another backend, ``loss_fn`` returns no scalar with a gradient
+            or does not call the model, or the exact gradient is not finite.
+        ValueError: there is no k.
     """
     for name in splits:
         if name not in NAMES[1:]:
@@ -132,7 +133,13 @@ def fidelity(
     with trial(model, loss_fn, batch, "fidelity") as tried:
         exact, _ = tried.gradients(batch, {"iterations": "exact"})
         if not exact:
-            raise ValueError("The loss reaches no parameter of the model.")
+            raise ModelError("The loss reaches no parameter of the model.")
+        for name, gradient in exact.items():
+            if not bool(gradient.isfinite().all()):
+                raise ModelError(
+                    f"The exact gradient of {name} is not finite; fidelity needs a batch and a loss without "
+                    f"NaN and Inf."
+                )
         live = with_direction(exact)
         rows: list[FidelityRow] = []
         before: dict[str, Tensor] = {}
@@ -145,7 +152,7 @@ def fidelity(
                     k,
                     closeness([found[n] for n in exact], list(exact.values())),
                     mean_cosine(found, exact),
-                    min(each, key=lambda n: each[n].cosine, default=""),
+                    min(each, key=lambda n: _sortable(each[n].cosine), default=""),
                     each,
                     norm(change) / (norm(list(found.values())) or math.nan),
                     tuple(c.estimate for c in chains),
@@ -153,3 +160,8 @@ def fidelity(
             )
             before = found
     return Fidelity(tuple(rows), tuple(n for n in exact if n not in live), dict(splits))
+
+
+def _sortable(cosine: float) -> float:
+    """NaN, of a gradient that is zero or not finite, is worse than any."""
+    return -math.inf if math.isnan(cosine) else cosine

@@ -111,8 +111,9 @@ def recommend(
     Raises:
         OptionError: a split is wrong.
         TypeError: ``model`` is no module.
-        ValueError: ``target`` is not in (0, 1], there is no batch or no split, ``model`` is compiled with
-            another backend, or ``loss_fn`` returns no scalar with a gradient.
+        ModelError: ``model`` is compiled with another backend, or ``loss_fn`` returns no scalar with a
+            gradient or does not call the model.
+        ValueError: ``target`` is not in (0, 1], or there is no batch or no split.
     """
     if not 0 < target <= 1:
         raise ValueError(f"target must be a cosine in (0, 1], but is {target!r}.")

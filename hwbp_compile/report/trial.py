@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .. import _compat
 from ..control.runs import ChainRecord, Runs, apart
 from ..control.settings import module_of, set_iterations, settings_kept
+from ..errors import ModelError
 from ..recurrent.capture import install
 from .fresh import copy_function, fresh_code
 from .keep import random_states, set_random_states, unchanged
@@ -40,7 +41,7 @@ class Trial:
         """Gradients by the parameters' names, and what was recorded of each chain.
 
         Raises:
-            ValueError: the loss is no scalar, or reaches no parameter.
+            ModelError: the loss is no scalar, or reaches no parameter.
         """
         set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
         set_random_states(self._states)
@@ -48,11 +49,11 @@ class Trial:
         caller = _Caller(self._model, self._compiled)
         loss = self._loss_fn(caller, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("loss_fn(model, batch) must return the loss, a tensor of one element.")
+            raise ModelError("loss_fn(model, batch) must return the loss, a tensor of one element.")
         if not loss.requires_grad:
-            raise ValueError("The loss depends on no parameter that requires a gradient.")
+            raise ModelError("The loss depends on no parameter that requires a gradient.")
         if not caller.called:
-            raise ValueError("loss_fn(model, batch) must call the model that it is given: model(...).")
+            raise ModelError("loss_fn(model, batch) must call the model that it is given: model(...).")
         # Not backward(): hooks behind a parameter's gradient may change the parameter.
         each = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         found = {name: g for (name, _), g in zip(named, each, strict=True) if g is not None}
@@ -88,7 +89,7 @@ def trial(model: Any, loss_fn: LossFunction, batch: Any, caller: str) -> Iterato
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` is compiled with another backend.
+        ModelError: ``model`` is compiled with another backend.
     """
     module = module_of(model, caller)
     install()

@@ -1,0 +1,176 @@
+"""Validation loss against wall time: each of the paper's models, small, trained exactly and iterated.
+
+The same training run under ``backend="inductor"`` and settings of ``backend="highway"``, step by step in
+turns in one process, from one seed. Validation is not counted, and a step in which something was compiled
+counts as the median step. Prints a table; draws all models on one page.
+
+    OMP_NUM_THREADS=1 python benchmarks/curves.py --threads 1 --plot curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper import loss_of, validate
+from paper_tasks import PaperTask, tasks
+from torch import nn
+
+from hwbp_compile.report.table import table
+
+EXACT = "inductor"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "k = 2": {"iterations": 2, "apply": "always"},
+}
+POINTS = 12
+"""Of each curve."""
+OUTLIER = 10
+"""A step that takes so many times the median step has compiled something."""
+
+
+@dataclass
+class Curve:
+    """One training run."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each step."""
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the validation data, after so many steps."""
+
+    def clock(self) -> list[float]:
+        """Seconds at each point of the curve."""
+        median = statistics.median(self.seconds)
+        counted = [median if s > OUTLIER * median else s for s in self.seconds]
+        total = [0.0, *itertools.accumulate(counted)]
+        return [total[n] for n in self.steps]
+
+
+class Run:
+    """A model in training."""
+
+    def __init__(self, task: PaperTask, model: nn.Module, backend: str, options: dict[str, Any]) -> None:
+        self.task, self.model, self.curve = task, model, Curve()
+        self.compiled = torch.compile(model, backend=backend, options=options or None)
+        self.optimizer = torch.optim.AdamW(model.parameters())
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, task.learning_rate, total_steps=task.steps
+        )
+
+    def step(self, number: int) -> None:
+        """Train on one batch."""
+        batch = self.task.data.train(number)
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss_of(self.compiled, batch).backward()
+        self.optimizer.step()
+        self.curve.seconds.append(time.perf_counter() - start)
+        self.schedule.step()
+
+    def look(self, number: int) -> None:
+        """Add a point to the curve."""
+        self.curve.steps.append(number)
+        self.curve.losses.append(validate(self.model, self.task.data)[0])
+
+
+def curves_of(task: PaperTask) -> dict[str, Curve]:
+    """Train one model under each setting."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = task.make(task.data)
+    runs = {EXACT: Run(task, copy.deepcopy(model), EXACT, {})}
+    for name, options in SETTINGS.items():
+        runs[name] = Run(task, copy.deepcopy(model), "highway", options)
+    every = max(task.steps // POINTS, 1)
+    for number in range(task.steps):
+        for run in runs.values():
+            if number % every == 0:
+                run.look(number)
+            run.step(number)
+    for run in runs.values():
+        run.look(task.steps)
+    return {name: run.curve for name, run in runs.items()}
+
+
+def draw(found: dict[str, dict[str, Curve]], path: Path) -> None:
+    """One panel for each model."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3 * rows), squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (title, curves) in zip(axes.flat, found.items(), strict=False):
+        for name, curve in curves.items():
+            axis.plot(curve.clock(), curve.losses, marker=".", label=name)
+        axis.set(title=title, xlabel="seconds", ylabel="validation loss")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    known = tasks()
+    parser.add_argument("--only", choices=list(known), action="append")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all curves into a .png, .svg or .pdf")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="keep the curves as JSON, a line for each model"
+    )
+    parser.add_argument("--load", type=Path, metavar="FILE", help="draw what was kept, and train nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    found: dict[str, dict[str, Curve]] = {}
+    if arguments.load:
+        for line in arguments.load.read_text().splitlines():
+            name, curves = json.loads(line)
+            found[name] = {setting: Curve(**curve) for setting, curve in curves.items()}
+    for name in [] if arguments.load else arguments.only or known:
+        found[name] = curves_of(known[name]())
+        if arguments.save:
+            with arguments.save.open("a") as file:
+                print(json.dumps([name, {s: vars(c) for s, c in found[name].items()}]), file=file)
+        show(name, found[name])
+    if arguments.plot:
+        draw(found, arguments.plot)
+
+
+def show(name: str, curves: dict[str, Curve]) -> None:
+    """Median steps and where the curves end."""
+    exact = statistics.median(curves[EXACT].seconds)
+    rows = []
+    for setting, curve in curves.items():
+        step = statistics.median(curve.seconds)
+        rows.append(
+            [
+                setting,
+                f"{1e3 * step:.2f}",
+                f"{exact / step:.2f}x",
+                f"{curve.clock()[-1]:.1f}",
+                f"{curve.losses[-1]:.4f}",
+            ]
+        )
+    print(f"\n{name}", flush=True)
+    print(
+        table(["", "ms a step", "against exact", "seconds in all", "validation loss"], rows, words=[0]),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
