@@ -2,9 +2,9 @@
 
 The same training run under ``backend="inductor"`` and settings of ``backend="highway"``, step by step in
 turns in one process, from one seed. Validation is not counted, and a step in which something was compiled
-counts as the median step. Prints a table; draws all models on one page.
+counts as the median step. Prints a table, and keeps the curves for figures.py.
 
-    OMP_NUM_THREADS=1 python benchmarks/curves.py --threads 1 --plot curves.png
+    OMP_NUM_THREADS=1 python benchmarks/curves.py --threads 1 --save curves.jsonl
 """
 
 from __future__ import annotations
@@ -101,53 +101,21 @@ def curves_of(task: PaperTask) -> dict[str, Curve]:
     return {name: run.curve for name, run in runs.items()}
 
 
-def draw(found: dict[str, dict[str, Curve]], path: Path) -> None:
-    """One panel for each model."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3 * rows), squeeze=False)
-    for axis in axes.flat[len(found) :]:
-        axis.set_axis_off()
-    for axis, (title, curves) in zip(axes.flat, found.items(), strict=False):
-        for name, curve in curves.items():
-            axis.plot(curve.clock(), curve.losses, marker=".", label=name)
-        axis.set(title=title, xlabel="seconds", ylabel="validation loss")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     known = tasks()
     parser.add_argument("--only", choices=list(known), action="append")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all curves into a .png, .svg or .pdf")
-    parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="keep the curves as JSON, a line for each model"
-    )
-    parser.add_argument("--load", type=Path, metavar="FILE", help="draw what was kept, and train nothing")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="append the curves as JSON, a line a model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found: dict[str, dict[str, Curve]] = {}
-    if arguments.load:
-        for line in arguments.load.read_text().splitlines():
-            name, curves = json.loads(line)
-            found[name] = {setting: Curve(**curve) for setting, curve in curves.items()}
-    for name in [] if arguments.load else arguments.only or known:
-        found[name] = curves_of(known[name]())
+    for name in arguments.only or known:
+        curves = curves_of(known[name]())
+        show(name, curves)
         if arguments.save:
+            kept = {setting: [curve.clock(), curve.losses] for setting, curve in curves.items()}
             with arguments.save.open("a") as file:
-                print(json.dumps([name, {s: vars(c) for s, c in found[name].items()}]), file=file)
-        show(name, found[name])
-    if arguments.plot:
-        draw(found, arguments.plot)
+                print(json.dumps({"model": name, "curves": kept}), file=file)
 
 
 def show(name: str, curves: dict[str, Curve]) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +113,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="append the results as JSON, a line a setting"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.only or known:
@@ -126,16 +131,21 @@ def main() -> None:
             start = time.perf_counter()
             outcomes = [run(task, model, compiled, SETTINGS[label], seed) for seed in range(arguments.seeds)]
             print(f"  {label:20}{line(outcomes)}  ({time.perf_counter() - start:.0f} s)", flush=True)
+            if arguments.save:
+                kept = {"model": name, "setting": label, "loss": spread([o.loss for o in outcomes])}
+                with arguments.save.open("a") as file:
+                    print(json.dumps(kept), file=file)
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def line(outcomes: list[Outcome]) -> str:
     """Means and deviations."""
-
-    def spread(values: list[float]) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.fmean(values):.4f} +- {deviation:.4f}"
-
-    text = f"loss {spread([o.loss for o in outcomes])}  accuracy {spread([o.accuracy for o in outcomes])}"
+    text = "loss {:.4f} +- {:.4f}".format(*spread([o.loss for o in outcomes]))
+    text += "  accuracy {:.4f} +- {:.4f}".format(*spread([o.accuracy for o in outcomes]))
     sampled = [s for o in outcomes for s in o.sampled]
     if sampled:
         good = sum(cosine >= 0.99 or exact for cosine, exact in sampled) / len(sampled)

@@ -15,44 +15,57 @@ from typing import Any
 import torch
 from candidates import CANDIDATES, OVER_TIME, Iterate, instead
 from paper import loss_of
-from paper_tasks import PaperTask, tasks
-from torch import nn
+from paper_tasks import Batch, PaperTask, tasks
+from torch import Tensor, nn
 
 from hwbp_compile.report.closeness import mean_cosine
-from hwbp_compile.report.recommend import SPLITS, name_of, sweeps_of
+from hwbp_compile.report.recommend import name_of, sweeps_of
 from hwbp_compile.report.table import table
 from hwbp_compile.report.trial import trial
 
 TARGETS = (0.99, 0.999)
 PLAIN: dict[str, Any] = {"gamma": 0.0, "group_size": 1, "exact_tail": 0}
-TAILS: list[dict[str, Any]] = [{"exact_tail": 1}, {"exact_tail": 4}]
-ITERATIONS = (1, 2, 3, 4, 6, 8)
+ITERATIONS = (1, 2, 3, 4, 6)
+Way = tuple[dict[str, Any], str, Iterate | None]
+"""How the residual path is split, and the name of a candidate, if it takes the place of the iteration."""
+
+
+def ways(over_time: bool) -> list[Way]:
+    """What is tried."""
+    splits: list[dict[str, Any]] = [{}, {"gamma": 0.1}, {"gamma": 0.2}, {"group_size": 2}, {"group_size": 4}]
+    if over_time:
+        splits += [{"group_size": 8}, {"group_size": 16}]
+    else:
+        splits += [{"gamma": 0.35}, *({"exact_tail": n} for n in (1, 2, 4)), {"exact_tail": 2, "gamma": 0.1}]
+    found: list[Way] = [(split, "", None) for split in splits]
+    found += [({}, name, candidate) for name, candidate in CANDIDATES.items()]
+    if over_time:
+        return found + [({}, name, candidate) for name, candidate in OVER_TIME.items()]
+    return [*found, ({"exact_tail": 2}, "Krylov", CANDIDATES["Krylov"])]
 
 
 def rows_of(task: PaperTask, model: nn.Module) -> list[list[str]]:
     """One row for each way."""
+    batch = task.data.validation[0]
+    loss_of(model, batch).backward()
+    exact = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
     over_time = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    ways: list[tuple[str, dict[str, Any], Iterate | None]] = [(name_of(s), s, None) for s in SPLITS]
-    ways += [(name_of(s), s, None) for s in TAILS]
-    ways += [(name, {}, candidate) for name, candidate in CANDIDATES.items()]
-    ways += [
-        (f"{name}, gamma=0.1", {"gamma": 0.1}, candidate)
-        for name, candidate in CANDIDATES.items()
-        if not over_time
-    ]
-    ways += [(name, {}, candidate) for name, candidate in OVER_TIME.items() if over_time]
-    return [row_of(task, model, *way) for way in ways]
+    return [row_of(model, batch, exact, *way) for way in ways(over_time)]
 
 
 def row_of(
-    task: PaperTask, model: nn.Module, name: str, split: dict[str, Any], candidate: Iterate | None
+    model: nn.Module,
+    batch: Batch,
+    exact: dict[str, Tensor],
+    split: dict[str, Any],
+    name: str,
+    candidate: Iterate | None,
 ) -> list[str]:
     """k grows until the last target is reached."""
-    batch = task.data.validation[0]
     cosines: dict[int, float] = {}
     blocks = 1
     with instead(candidate), trial(model, loss_of, batch, "sweeps") as tried:
-        exact, _ = tried.gradients(batch, {"iterations": "exact"})
         for k in ITERATIONS:
             found, chains = tried.gradients(batch, PLAIN | split | {"iterations": k})
             cosines[k] = mean_cosine(found, exact)
@@ -61,7 +74,7 @@ def row_of(
             if cosines[k] >= max(TARGETS):
                 break
     blocks += split.get("exact_tail", 0)
-    cells = [name]
+    cells = [" + ".join([name_of(split)] * bool(split or not name) + [name] * bool(name))]
     for target in TARGETS:
         k = min((k for k, cosine in cosines.items() if cosine >= target), default=None)
         cells.append("-" if k is None else f"{sweeps_of(k, split, blocks):.2g} (k = {k})")

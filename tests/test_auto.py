@@ -219,6 +219,53 @@ def test_recurrences_are_watched_too() -> None:
     assert min(cosines) >= 0.99
 
 
+class Pixels(nn.Module):
+    """Reads an image one pixel after the other and names the digit at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(1, 48), nn.Linear(48, 10)
+        with torch.no_grad():  # units that forget over times from one pixel to all of them
+            self.rnn.bias_hh_l0.zero_()
+            self.rnn.bias_ih_l0.zero_()
+            self.rnn.bias_ih_l0[48:96] = torch.empty(48).uniform_(1, 63).log()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.rnn(x)[0][-1])
+        return y
+
+
+@pytest.mark.slow
+def test_a_recurrence_that_has_learned_to_look_back_is_exact(caplog: pytest.LogCaptureFixture) -> None:
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images, labels = torch.tensor(digits.images).float().flatten(1) / 8 - 1, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    m = Pixels()
+    c = compiled(m, apply="always", iterations="auto")
+    optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=600)
+
+    def gradients(f: Any) -> tuple[float, list[Tensor]]:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(f(images[rows].T.unsqueeze(-1)), labels[rows])
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in m.parameters() if p.grad is not None]
+
+    for _ in range(600):
+        rows = torch.randint(len(images), (32,))
+        loss, _ = gradients(m)
+        optimizer.step()
+        schedule.step()
+    assert loss < 0.6, "it has not learned"
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        for _ in range(8):
+            rows = torch.randint(len(images), (32,))
+            _, exact = gradients(m)
+            _, found = gradients(c)
+            assert all(torch.allclose(f, e, rtol=1e-3, atol=1e-6) for f, e in zip(found, exact, strict=True))
+    assert caplog.text.count("uses exact backpropagation for now") == 1
+
+
 def test_it_begins_again_when_a_setting_changes() -> None:
     m = model()
     x = torch.randn(5, 4, dtype=torch.float64)

@@ -1,0 +1,87 @@
+"""Draw what paper.py and curves.py kept: final losses against k, and losses against wall time.
+
+python benchmarks/figures.py --paper paper.jsonl --curves curves.jsonl --folder benchmarks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+COLUMNS = 3
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """JSON, a value a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def page(panels: int, path: Path) -> Iterator[list[Any]]:
+    """Axes, drawn into a file at the end."""
+    rows = -(-panels // COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(4.2 * COLUMNS, 2.9 * rows), squeeze=False)
+    for axis in axes.flat[panels:]:
+        axis.set_axis_off()
+    yield list(axes.flat[:panels])
+    axes[0, 0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def draw_paper(found: list[dict[str, Any]], path: Path) -> None:
+    """Final validation loss of each setting, with the seeds' standard deviation."""
+    models = list(dict.fromkeys(row["model"] for row in found))
+    with page(len(models), path) as axes:
+        for axis, model in zip(axes, models, strict=True):
+            rows = {row["setting"]: row["loss"] for row in found if row["model"] == model}
+            mean, deviation = rows["exact"]
+            axis.axhline(mean, color="black", label="exact")
+            axis.axhspan(mean - deviation, mean + deviation, color="black", alpha=0.15)
+            ks = [setting for setting in rows if setting.startswith("k = ")]
+            means, deviations = zip(*(rows[k] for k in ks), strict=True)
+            axis.errorbar(range(len(ks)), means, deviations, fmt="o-", capsize=3, label="k fixed")
+            others = [("auto", "auto", "^"), ("fixed point, k = 4", "FPI, 4", "s")]
+            for i, (setting, _, marker) in enumerate(others, len(ks)):
+                mean, deviation = rows[setting]
+                axis.errorbar([i], [mean], [deviation], fmt=marker, capsize=3, label=setting)
+            axis.set_xticks(
+                range(len(ks) + len(others)), [*(k[4:] for k in ks), *(name for _, name, _ in others)]
+            )
+            axis.set(title=model, ylabel="validation loss", xlabel="k")
+            axis.grid(alpha=0.3)
+
+
+def draw_curves(found: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against seconds of training."""
+    with page(len(found), path) as axes:
+        for axis, row in zip(axes, found, strict=True):
+            for setting, (clock, losses) in row["curves"].items():
+                axis.plot(clock, losses, marker=".", label=setting)
+            axis.set(title=row["model"], ylabel="validation loss", xlabel="seconds", yscale="log")
+            axis.grid(alpha=0.3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--paper", type=Path, metavar="FILE")
+    parser.add_argument("--curves", type=Path, metavar="FILE")
+    parser.add_argument("--folder", type=Path, default=Path())
+    arguments = parser.parse_args()
+    if arguments.paper:
+        draw_paper(lines(arguments.paper), arguments.folder / "paper.png")
+    if arguments.curves:
+        draw_curves(lines(arguments.curves), arguments.folder / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
