@@ -51,29 +51,29 @@ def rows_of(task: PaperTask, model: nn.Module) -> list[list[str]]:
     exact = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     over_time = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    return [row_of(model, batch, exact, *way) for way in ways(over_time)]
+    with trial(model, loss_of, batch, "sweeps") as tried:
+        _, chains = tried.gradients(batch, PLAIN | {"iterations": 1})
+    blocks = max(c.blocks for c in chains)
+    return [row_of(model, batch, exact, blocks, *way) for way in ways(over_time)]
 
 
 def row_of(
     model: nn.Module,
     batch: Batch,
     exact: dict[str, Tensor],
+    blocks: int,
     split: dict[str, Any],
     name: str,
     candidate: Iterate | None,
 ) -> list[str]:
     """k grows until the last target is reached."""
     cosines: dict[int, float] = {}
-    blocks = 1
     with instead(candidate), trial(model, loss_of, batch, "sweeps") as tried:
         for k in ITERATIONS:
-            found, chains = tried.gradients(batch, PLAIN | split | {"iterations": k})
+            found, _ = tried.gradients(batch, PLAIN | split | {"iterations": k})
             cosines[k] = mean_cosine(found, exact)
-            # The candidates record nothing.
-            blocks = max((c.blocks for c in chains), default=1) * split.get("group_size", 1)
             if cosines[k] >= max(TARGETS):
                 break
-    blocks += split.get("exact_tail", 0)
     cells = [" + ".join([name_of(split)] * bool(split or not name) + [name] * bool(name))]
     for target in TARGETS:
         k = min((k for k, cosine in cosines.items() if cosine >= target), default=None)
