@@ -239,10 +239,27 @@ def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> l
 
     def partition(joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
         joints.append(copy_graph_module(joint))
+        joints[-1].meta[_PARTITION] = kwargs
         return default_partition(joint, inputs, **kwargs)
 
     _trace_with_aot(gm, example_inputs, partition)
     return joints
+
+
+_PARTITION = "hwbp_compile_partition"
+
+
+def saved_for_backward(joint: fx.GraphModule) -> list[tuple[str, Any]]:
+    """What Inductor's partitioner keeps between the halves of a captured joint graph: names and values."""
+    if _PARTITION not in joint.meta:
+        return []
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    kwargs = joint.meta[_PARTITION]
+    forward, _ = min_cut_rematerialization_partition(copy_graph_module(joint), [], **kwargs)
+    outputs: Any = forward.graph.output_node().args[0]
+    kept = outputs[kwargs["num_fwd_outputs"] :]
+    return [(n.name, n.meta.get("val")) for n in kept if isinstance(n, fx.Node)]
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -251,7 +268,6 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for name, inner in gm.named_children():
         if isinstance(inner, fx.GraphModule):
             setattr(copy, name, copy_dynamo_graph(inner))
-    copy.meta = dict(gm.meta)
     for name, value in gm.__dict__.items():
         copy.__dict__.setdefault(name, value)
     for old, new in zip(gm.graph.nodes, copy.graph.nodes, strict=True):
@@ -353,7 +369,9 @@ def write_in_backward(graph: fx.Graph, memory: fx.Node, value: fx.Node) -> None:
 
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph can be changed; the nodes' values (fake tensors) are shared."""
-    return fx.GraphModule(gm, copy_graph(gm.graph))
+    copy = fx.GraphModule(gm, copy_graph(gm.graph))
+    copy.meta = dict(gm.meta)
+    return copy
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import hwbp_compile.backend as backend_module
 from hwbp_compile import OptionError, Options, explain
+from hwbp_compile.passes import worth
 from hwbp_compile.passes.pipeline import Record
+from hwbp_compile.passes.record import new_records
 from hwbp_compile.report.capture import capture
 from hwbp_compile.report.explain import explain_capture
 from hwbp_compile.report.explanation import ChainReport, Explanation
@@ -164,6 +166,49 @@ def test_a_frame_that_runs_for_every_block_is_told_once() -> None:
     assert chain.modules == ("h.0",)
     assert explanation.graphs[0].calls == 4
     assert any("graph break" in n for n in explanation.notes)
+
+
+@pytest.mark.parametrize("apply", ["never", "always"])
+def test_saved_tensors_are_those_that_autograd_keeps(apply: str) -> None:
+    model, x = Mlp(), inputs()
+    options = {"iterations": 2, "apply": apply, "codegen": "eager"}
+    (graph,) = explain(model, x, options=options | {"apply": "always"}).graphs
+    expected = graph.saved_before if apply == "never" else graph.saved_after
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    compiled = torch.compile(model, backend="highway", options=options)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compiled(x)
+    if apply == "always":  # memory for what the iterations record
+        kept.remove(new_records(torch.device("cpu"), False).nbytes)
+    assert sorted(kept) == sorted(tensor.bytes for tensor in expected)
+    assert f"saved for it {len(graph.saved_before)} tensors of " in str(
+        explain(model, x, options=options | {"apply": "always"})
+    )
+
+
+@pytest.mark.measured
+def test_costs_are_told_where_they_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worth, "operator_seconds", lambda *_: 1e-30)
+    monkeypatch.setattr(worth, "product_rate", lambda *_: 1e6)
+    monkeypatch.setattr(worth, "bandwidth", lambda *_, **__: 1e30)
+    model, x = Mlp(), inputs()
+    assert explain(model, x, options={"iterations": 2, "apply": "always"}).chains[0].costs is None
+    explanation = explain(model, x, options={"iterations": 2, "apply": "auto"})
+    (chain,) = explanation.chains
+    assert chain.costs is not None
+    exact, iterated = chain.costs
+    assert exact.seconds == pytest.approx(int(exact.flops) / 1e6)
+    assert not chain.applied
+    assert exact.depth > iterated.depth
+    text = " ".join(str(explanation).split())
+    assert f"expected to be {exact.seconds / iterated.seconds:.2f}x as fast" in text
+    assert f"{int(exact.flops) / 1e3:.3g} kFLOP in {exact.products} products" in text
+    json.dumps(explanation.to_dict())
 
 
 def test_the_graphs_as_text() -> None:

@@ -14,9 +14,10 @@ from ..chain import Chain, Refusal
 from ..options import Options, parse_options
 from ..passes.linear import linear_part
 from ..passes.pipeline import Outcome, Record, rewrite
+from ..passes.worth import Comparison
 from ..recurrent.capture import Layer
 from .capture import Capture, Frame, capture
-from .explanation import ChainReport, Explanation, GraphReport
+from .explanation import ChainReport, CostReport, Explanation, GraphReport
 from .gaps import gaps
 from .roles import effective_iterations, roles_of
 from .where import (
@@ -201,7 +202,26 @@ def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, 
         new_nodes=len(outcome.new),
         notes=tuple(_chain_notes(len(blocks), options)) if applied else (),
         graph=graph,
+        costs=None if outcome.comparison is None else _costs(outcome.comparison),
     )
+
+
+def _costs(comparison: Comparison) -> tuple[CostReport, CostReport]:
+    exact, iterated = (
+        CostReport(
+            str(work.flops.formula),
+            len(work.products),
+            work.depth,
+            str(work.bytes.formula),
+            work.kernels,
+            seconds,
+        )
+        for work, seconds in (
+            (comparison.exact, comparison.exact_seconds),
+            (comparison.iterated, comparison.iterated_seconds),
+        )
+    )
+    return exact, iterated
 
 
 def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> ChainReport:

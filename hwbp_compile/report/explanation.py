@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.fx import GraphModule
 
+from .. import _compat
 from ..options import Options
 from .text import render
 
 if TYPE_CHECKING:
     from .roles import Roles
+
+
+@dataclass(frozen=True, slots=True)
+class CostReport:
+    """What a backward pass takes, as far as it is counted, and the time expected of it."""
+
+    flops: str
+    """Of the products, as a formula of the shapes' symbols."""
+    products: int
+    depth: int
+    """Products one after the other."""
+    bytes: str
+    """That all other kernels move, as a formula."""
+    kernels: int
+    seconds: float
+    """Expected on this machine at the sizes of the call."""
+
+    def __str__(self) -> str:
+        return (
+            f"{_amount(self.flops)}FLOP in {self.products} products, {self.depth} in sequence, "
+            f"{_amount(self.bytes)}B in {self.kernels} kernels: about {self.seconds * 1e3:.3g} ms"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """What the forward pass keeps for the backward pass, as Inductor's partitioner decides."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    bytes: int
+    """At the sizes of the call."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as numbers, strings and lists."""
+        return asdict(self) | {"shape": list(self.shape)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +88,8 @@ class ChainReport:
     """Which of the call's graphs it is in."""
     over: str = "depth"
     """``"depth"``, or ``"time"`` for a recurrent layer."""
+    costs: tuple[CostReport, CostReport] | None = None
+    """Of the backward pass as it is and with this chain iterated, where ``apply="auto"`` compared them."""
 
     @property
     def shape(self) -> tuple[int | str, ...]:
@@ -68,6 +110,7 @@ class ChainReport:
             "applied": self.applied, "reason": self.reason, "iterations": self.iterations,
             "new_nodes": self.new_nodes, "notes": list(self.notes), "graph": self.graph,
             "over": self.over,
+            "costs": None if self.costs is None else [asdict(c) for c in self.costs],
         }  # fmt: skip
 
 
@@ -100,6 +143,16 @@ class GraphReport:
         """The joint graph after the rewrite, as readable code."""
         return _code(self.after_module)
 
+    @property
+    def saved_before(self) -> tuple[SavedTensor, ...]:
+        """What exact backpropagation keeps of the forward pass."""
+        return _saved(self.before_module)
+
+    @property
+    def saved_after(self) -> tuple[SavedTensor, ...]:
+        """What the rewritten backward pass keeps of the forward pass."""
+        return _saved(self.after_module)
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers; the graphs themselves are left out."""
         return {
@@ -107,6 +160,8 @@ class GraphReport:
             "depth_before": self.depth_before, "depth_after": self.depth_after,
             "seconds": dict(self.seconds), "graph_break": self.graph_break,
             "calls": self.calls,
+            "saved_before": [s.to_dict() for s in self.saved_before],
+            "saved_after": [s.to_dict() for s in self.saved_after],
         }  # fmt: skip
 
 
@@ -160,6 +215,37 @@ class Explanation:
 
     def __str__(self) -> str:
         return render(self)
+
+
+def _amount(formula: str) -> str:
+    """A number with a unit's prefix; a formula as it is."""
+    if not formula.isdigit():
+        return f"({formula}) "
+    value, prefix = float(formula), ""
+    for larger in ("k", "M", "G", "T"):
+        if value >= 1000:
+            value, prefix = value / 1000, larger
+    return f"{value:.3g} {prefix}"
+
+
+def _saved(gm: GraphModule | None) -> tuple[SavedTensor, ...]:
+    if gm is None:
+        return ()
+    if _SAVED not in gm.meta:
+        gm.meta[_SAVED] = tuple(_kept(gm))
+    saved: tuple[SavedTensor, ...] = gm.meta[_SAVED]
+    return saved
+
+
+_SAVED = "hwbp_compile_saved"
+
+
+def _kept(gm: GraphModule) -> Iterator[SavedTensor]:
+    for name, value in _compat.saved_for_backward(gm):
+        if isinstance(value, Tensor):
+            shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+            size = _compat.size_hint(value.numel()) * value.dtype.itemsize
+            yield SavedTensor(name, shape, str(value.dtype).removeprefix("torch."), size)
 
 
 def _code(gm: GraphModule | None) -> str:

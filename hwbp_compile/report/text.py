@@ -10,7 +10,7 @@ from .table import table
 from .where import shorten, shorten_lines
 
 if TYPE_CHECKING:
-    from .explanation import ChainReport, Explanation, GraphReport
+    from .explanation import ChainReport, Explanation, GraphReport, SavedTensor
 
 WIDTH = 110
 
@@ -92,6 +92,10 @@ def _remarks(number: int, chain: ChainReport) -> str:
         sizes = ", ".join(map(str, chain.classes))
         said.append(f"{len(chain.classes)} kinds of blocks ({sizes} of each), each batched on its own")
     said.extend(chain.notes)
+    if chain.costs is not None:
+        exact, iterated = chain.costs
+        said.append(f"exact: {exact}")
+        said.append(f"iterated: {iterated}, expected to be {exact.seconds / iterated.seconds:.2f}x as fast")
     if chain.lines:
         said.append(f"source of the first block: {shorten_lines(chain.lines)}")
     return "\n".join([f"Chain {number}", *(_item(s) for s in said)]) if said else ""
@@ -103,8 +107,14 @@ def _graph_line(index: int, graph: GraphReport) -> str:
     return (
         f"Graph {index}{times}: {graph.nodes_before} -> {graph.nodes_after} nodes, "
         f"heavy operators in sequence in the backward pass {graph.depth_before} -> {graph.depth_after}; "
+        f"saved for it {_saved(graph.saved_before)} -> {_saved(graph.saved_after)}; "
         f"{passes}"
     )
+
+
+def _saved(tensors: tuple[SavedTensor, ...]) -> str:
+    plural = "s" * (len(tensors) != 1)
+    return f"{len(tensors)} tensor{plural} of {sum(t.bytes for t in tensors) / 1e6:.3g} MB"
 
 
 def _item(text: str) -> str:
