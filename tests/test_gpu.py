@@ -7,8 +7,10 @@ import torch
 from compare import exact, float64, highway, reference, relative_error, rewritten
 from families import FAMILIES, Size
 from reference import Settings
+from small_models import LENGTH, chain, compiled, model
 from torch import nn
 
+from hwbp_compile import monitor
 from hwbp_compile.recurrent.layer import recurrent_layer
 from hwbp_compile.scan import linear_scan
 from hwbp_compile.scan.naive import linear_scan_naive
@@ -74,3 +76,29 @@ def test_a_layer_gives_what_it_gives_on_a_cpu() -> None:
         y, *_ = recurrent_layer(leaves[0], leaves[1:2], leaves[2:], "gru", 2)
         results.append([g.cpu() for g in torch.autograd.grad(y.square().sum(), leaves)])
     assert relative_error(*results) <= 1e-10
+
+
+def test_records_come_though_the_backward_passes_are_late() -> None:
+    m = model().cuda()
+    c = compiled(m, apply="always", iterations=2)
+    inputs = [torch.randn(5, 4, dtype=torch.float64, device="cuda") for _ in range(3)]
+    losses = [c(x).square().sum() for x in inputs]
+    for loss in reversed(losses):
+        loss.backward()
+    c(inputs[0])
+    torch.cuda.synchronize()
+    seen = monitor(m)
+    assert [s.step for s in seen.history] == [0, 1, 2]
+    assert all(0 < s.chains[0].estimate < 10 for s in seen.history)
+
+
+def test_k_is_chosen_from_records_that_nothing_waited_for() -> None:
+    m = nn.Sequential(nn.Linear(4, 6), *chain(3 * LENGTH), nn.Linear(6, 3)).double().cuda()
+    for block in list(m)[1:-1]:
+        block.f[-1].weight.data *= 0.3
+    c = compiled(m, apply="always", iterations="auto")
+    for _ in range(8):
+        c(torch.randn(5, 4, dtype=torch.float64, device="cuda")).square().sum().backward()
+        torch.cuda.synchronize()
+    assert {s.iterations for s in monitor(m).history[-4:]} <= {1, 2, 3, 4}
+    assert not monitor(m).history[-1].watched

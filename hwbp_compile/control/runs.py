@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
@@ -22,6 +23,8 @@ from .settings import epoch, overrides_for
 
 LENGTH = 256
 """Steps of which records are kept."""
+SENT = 4
+"""Steps back, from the next one on, that may still wait for their backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +72,34 @@ class Entry:
     def __init__(self, number: int, options: Options, records: Tensor) -> None:
         self.number, self.options = number, options
         self._records = records
+        self._host: Tensor | None = None if records.device.type == "cuda" else records
         self._event: Any = None
-        self._chains: tuple[ChainRecord, ...] | None = None
+        self._chains: tuple[ChainRecord, ...] = ()
 
     def send(self) -> None:
-        """Have the records come to the host, which does not wait for them."""
-        if self._records.device.type != "cuda" or self._event is not None:
+        """Have the records come to the host, which does not wait for them.
+
+        Again if there were none yet: the backward pass may come after other forward passes.
+        """
+        if self._records.device.type != "cuda" or self.is_here:
             return
-        host = torch.empty(self._records.shape, pin_memory=True)
-        host.copy_(self._records, non_blocking=True)
-        self._event, self._records = torch.cuda.Event(), host
-        self._event.record()
+        if self._event is None or self._event.query():
+            self._host = torch.empty(self._records.shape, pin_memory=True)
+            self._host.copy_(self._records, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
 
     @property
     def is_here(self) -> bool:
-        """Whether reading would not wait for the device."""
-        if self._event is None:
-            return self._records.device.type != "cuda"
-        return bool(self._event.query())
+        """Whether something is recorded, and reading it would not wait for the device."""
+        if self._host is None or (self._event is not None and not self._event.query()):
+            return False
+        return float(self._host[0, 0]) != EMPTY
 
     def chains(self) -> tuple[ChainRecord, ...]:
         """One record per chain; none before the backward pass is done, and where nothing is iterated."""
         if not self._chains:
-            if self._event is not None:
-                self._event.synchronize()
-            rows = self._records.tolist()
+            rows = (self._host if self.is_here and self._host is not None else self._records).tolist()
             self._chains = tuple(_chain(row) for row in rows if row[0] != EMPTY)
         return self._chains
 
@@ -203,8 +209,8 @@ class Runs:
 
     def began(self, options: Options, records: Tensor) -> None:
         """A training step begins its forward pass."""
-        if self.history:
-            self.history[-1].send()
+        for entry in islice(reversed(self.history), SENT):
+            entry.send()
         self.history.append(Entry(self.steps, options, records))
         self.steps += 1
         Runs._begun += 1
