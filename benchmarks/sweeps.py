@@ -25,6 +25,7 @@ from hwbp_compile.report.trial import trial
 
 TARGETS = (0.99, 0.999)
 PLAIN: dict[str, Any] = {"gamma": 0.0, "group_size": 1, "exact_tail": 0}
+STATES = ("as initialised", "trained")
 ITERATIONS = (1, 2, 3, 4, 6)
 Way = tuple[dict[str, Any], str, Iterate | None]
 """How the residual path is split, and the name of a candidate, if it takes the place of the iteration."""
@@ -47,6 +48,7 @@ def ways(over_time: bool) -> list[Way]:
 def rows_of(task: PaperTask, model: nn.Module) -> list[list[str]]:
     """One row for each way."""
     batch = task.data.validation[0]
+    model.zero_grad()
     loss_of(model, batch).backward()
     exact = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     known = tasks()
     parser.add_argument("--only", choices=list(known), action="append")
+    parser.add_argument("--state", choices=STATES, action="append")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -103,9 +106,11 @@ def main() -> None:
         task = known[name]()
         torch.manual_seed(0)
         model = task.make(task.data)
-        for state in ("as initialised", "trained"):
+        for state in STATES:
             if state == "trained":
                 train(task, model)
+            if state not in (arguments.state or STATES):
+                continue
             print(f"\n{name}, {state}", flush=True)
             cosines = f"cosines with k = {', '.join(map(str, ITERATIONS))}"
             header = ["", *(f"sweeps to {t}" for t in TARGETS), cosines]
