@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakSet
@@ -136,6 +136,13 @@ def autograd_inside_an_operator() -> Iterator[None]:
         torch.enable_grad(),
     ):
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which nothing is cast; some devices (``"meta"``) know no casting at all."""
+    if not torch.amp.autocast_mode.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

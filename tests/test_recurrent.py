@@ -554,6 +554,17 @@ def test_operator_checks(operator: str, kind: str) -> None:
     torch.library.opcheck(getattr(torch.ops.hwbp_compile, operator).default, arguments)
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_modules_without_memory(kind: str) -> None:
+    """On the device "meta", which knows no autocast."""
+    module = KINDS[kind](3, 5).to("meta")
+    compiled = torch.compile(module, backend="highway", options={"codegen": "eager"})
+    y = compiled(torch.randn(4, 2, 3, device="meta"))[0]
+    y.sum().backward()
+    assert y.shape == (4, 2, 5)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
+
+
 @pytest.mark.parametrize("kind", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
 def test_inductor_in_single_precision(kind: str) -> None:
     module = KINDS[kind](3, 8, num_layers=2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .. import _compat
 from ..errors import CannotRewrite
 from ..passes.batch import Stacked
 from ..stage import TIME, stage
@@ -74,7 +75,7 @@ class Recurrence(torch.autograd.Function):
         def backward(settings: Settings) -> Gradients:
             return backward_pass(cell, inputs, states, weights, known, cotangents, settings, wanted, kernel)
 
-        with stage(TIME), torch.autocast(inputs[0].device.type, enabled=False):
+        with stage(TIME), _compat.without_autocast(inputs[0].device):
             try:
                 found = backward(ctx.settings)
             except CannotRewrite as refusal:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _compat
 from ..errors import CannotRewrite
 from ..passes.batch import Stacked
 from ..stage import TIME, stage
@@ -116,7 +117,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if ctx.settings.iterations != EXACT or ctx.settings.watch:
         try:
             # What autocast has to cast was cast before the layer.
-            with stage(TIME), torch.autocast(x.device.type, enabled=False):
+            with stage(TIME), _compat.without_autocast(x.device):
                 found = _parallel(x, carry, weights, output, grads, ctx.kind, ctx.settings)
             if ctx.settings.iterations != EXACT:
                 return found.inputs[0], found.carry, found.weights, *constants

@@ -35,7 +35,7 @@ def library_inference(
     x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str
 ) -> list[Tensor]:
     """The forward pass alone. Arguments and results as of :func:`.layer.recurrent_layer`."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), _compat.without_autocast(x.device):
         y, *last = call_library(x, carry, weights, kind, training=False)
     return [y.contiguous(), *(t.clone() for t in last)]
 
@@ -93,7 +93,7 @@ def _run(
     """Inputs that require gradients, and the results that depend on them."""
     leaves = [t.detach().requires_grad_() for t in (x, *carry, *weights)]
     n = len(carry) + 1
-    with _compat.autograd_inside_an_operator(), torch.autocast(x.device.type, enabled=False):
+    with _compat.autograd_inside_an_operator(), _compat.without_autocast(x.device):
         return leaves, call_library(leaves[0], leaves[1:n], leaves[n:], kind, training=True)
 
 

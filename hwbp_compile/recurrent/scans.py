@@ -98,7 +98,7 @@ class Scan:
         if len({x.dtype for x in carry}) > 1 or not carry[0].is_floating_point():
             raise CannotRewrite("the components of the state are not all of one floating-point dtype")
         device = carry[0].device.type
-        if torch.is_autocast_enabled(device) or _has_autocast(node.graph):
+        if (device != "meta" and torch.is_autocast_enabled(device)) or _has_autocast(node.graph):
             raise CannotRewrite("automatic mixed precision is in force")
         self._split_outputs()
         self.cell = self._register([*carry, *over_time, *weights])

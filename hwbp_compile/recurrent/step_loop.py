@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .. import _compat
 from .step_program import StepProgram
 
 
@@ -41,7 +42,7 @@ class LoopRecurrence:
         state = list(initial)
         states: list[list[Tensor]] = [[x] for x in state]
         emitted: list[list[Tensor]] = [[] for _ in self.program.emitted]
-        with torch.no_grad(), torch.autocast(initial[0].device.type, enabled=False):
+        with torch.no_grad(), _compat.without_autocast(initial[0].device):
             for t in range(steps - 1, -1, -1) if self._reverse else range(steps):
                 found = self._step(*state, *(x[t] for x in inputs), *shared)
                 state = list(found[:n])

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from .. import _compat
 from ..options import Options
+from .table import amount
 from .text import render
 
 if TYPE_CHECKING:
@@ -218,14 +219,7 @@ class Explanation:
 
 
 def _amount(formula: str) -> str:
-    """A number with a unit's prefix; a formula as it is."""
-    if not formula.isdigit():
-        return f"({formula}) "
-    value, prefix = float(formula), ""
-    for larger in ("k", "M", "G", "T"):
-        if value >= 1000:
-            value, prefix = value / 1000, larger
-    return f"{value:.3g} {prefix}"
+    return amount(int(formula)) if formula.isdigit() else f"({formula}) "
 
 
 def _saved(gm: GraphModule | None) -> tuple[SavedTensor, ...]:

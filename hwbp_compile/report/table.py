@@ -14,3 +14,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collectio
         return "  ".join(c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in columns).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(r) for r in rows)])
+
+
+def amount(value: float) -> str:
+    """A number with a unit's prefix."""
+    prefix = ""
+    for larger in ("k", "M", "G", "T"):
+        if value >= 1000:
+            value, prefix = value / 1000, larger
+    return f"{value:.3g} {prefix}"

@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from ..options import Options
-from .table import table
+from .table import amount, table
 from .where import shorten, shorten_lines
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _graph_line(index: int, graph: GraphReport) -> str:
 
 def _saved(tensors: tuple[SavedTensor, ...]) -> str:
     plural = "s" * (len(tensors) != 1)
-    return f"{len(tensors)} tensor{plural} of {sum(t.bytes for t in tensors) / 1e6:.3g} MB"
+    return f"{len(tensors)} tensor{plural} of {amount(sum(t.bytes for t in tensors))}B"
 
 
 def _item(text: str) -> str:
