@@ -1,7 +1,7 @@
 """Other ways to iterate, which the package does not have: to be measured beside the one it has.
 
 Each takes the place of :func:`hwbp_compile.solvers.iterate.iterate` and, like it, evaluates the VJPs of all
-blocks k times and is exact at k = L.
+blocks k times; but for Krylov's they are exact at k = L as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from hwbp_compile.system import Rows, State, System
 Iterate = Callable[[System, int, float], State]
 CLAMP = 0.9
 TINY = 1e-30
+RIDGE = 1e-6
 
 
 def _split(system: System, gamma: float) -> tuple[ResidualPath, ResidualPath, tuple[int, ...]]:
@@ -121,7 +122,7 @@ def krylov(system: System, iterations: int, gamma: float) -> State:
     steps = [b - a for a, b in pairwise(flat)]  # the residuals of all iterates but the last
     columns = torch.stack([((a - b) * scale).flatten() for a, b in pairwise(steps)], 1)
     gram = columns.T @ columns
-    gram = gram + 1e-6 * torch.diag(gram.diagonal()) + TINY * torch.eye(len(gram))
+    gram = gram + RIDGE * torch.diag(gram.diagonal()) + TINY * torch.eye(len(gram), dtype=gram.dtype)
     weights = torch.linalg.solve(gram, columns.T @ (steps[0] * scale).flatten())
     # Of the iterates one further, so that the last VJP counts as well.
     combined = list(iterates[1])
