@@ -52,11 +52,13 @@ def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
-def run(task: PaperTask, model: nn.Module, compiled: Any, setting: dict[str, Any], seed: int) -> Outcome:
-    """Train from a seed."""
+def run(task: PaperTask, setting: dict[str, Any], seed: int) -> Outcome:
+    """Train from a seed. Equal models share what was compiled."""
     torch.manual_seed(seed)
-    model.load_state_dict(task.make(task.data).state_dict())
-    hwbp_compile.set_iterations(model, **({"gamma": None, "group_size": None} | setting))
+    model = task.make(task.data)
+    options: dict[str, Any] = {"apply": "always", "codegen": "eager"}
+    compiled = torch.compile(model, backend="highway", options=options)
+    hwbp_compile.set_iterations(model, **setting)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=task.steps)
     twin = copy.deepcopy(model)
@@ -120,16 +122,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name in arguments.only or known:
         task = known[name]()
-        model = task.make(task.data)
-        options: dict[str, Any] = {"apply": "always", "codegen": "eager"}
-        compiled = torch.compile(model, backend="highway", options=options)
-        print(
-            f"\n{name}: {sum(p.numel() for p in model.parameters())} parameters, {task.steps} steps",
-            flush=True,
-        )
+        count = sum(p.numel() for p in task.make(task.data).parameters())
+        print(f"\n{name}: {count} parameters, {task.steps} steps", flush=True)
         for label in arguments.settings:
             start = time.perf_counter()
-            outcomes = [run(task, model, compiled, SETTINGS[label], seed) for seed in range(arguments.seeds)]
+            outcomes = [run(task, SETTINGS[label], seed) for seed in range(arguments.seeds)]
             print(f"  {label:20}{line(outcomes)}  ({time.perf_counter() - start:.0f} s)", flush=True)
             if arguments.save:
                 kept = {"model": name, "setting": label, "loss": spread([o.loss for o in outcomes])}

@@ -324,6 +324,12 @@ def real_inputs(gm: fx.GraphModule) -> list[Any]:
     return [getattr(argument, "example", None) for argument in arguments]
 
 
+def frame_being_compiled() -> Any:
+    """What tells the code that Dynamo compiles from other code, but not from itself for other sizes."""
+    identity = torch._guards.CompileContext.current_compile_id()
+    return None if identity is None else identity.frame_id
+
+
 def in_backward_pass() -> bool:
     """Whether autograd's engine makes this call."""
     return bool(torch._C._current_graph_task_id() != -1)

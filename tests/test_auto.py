@@ -151,10 +151,7 @@ def train(m: nn.Module, c: Callable[..., Any], *x: Tensor, steps: int) -> list[f
 
 
 def test_a_model_trains_with_k_chosen() -> None:
-    torch.manual_seed(0)
-    m = nn.Sequential(nn.Linear(4, 6), *chain(3 * LENGTH), nn.Linear(6, 3)).double()
-    for block in m[1:-1]:
-        block.f[-1].weight.data *= 0.3
+    m = settled()
     c = compiled(m, apply="always", iterations="auto")
     cosines = train(m, c, torch.randn(5, 4, dtype=torch.float64), steps=14)
     history = hwbp_compile.monitor(m).history
@@ -276,6 +273,57 @@ def test_it_begins_again_when_a_setting_changes() -> None:
     assert [s.watched for s in hwbp_compile.monitor(m).history] == [False, True]
 
 
+def settled(scale: float = 0.3) -> nn.Sequential:
+    """A chain that settles within a few iterations."""
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, 6), *chain(3 * LENGTH), nn.Linear(6, 3)).double()
+    for block in list(m)[1:-1]:
+        block.f[-1].weight.data *= scale
+    return m
+
+
+def test_another_split_is_not_judged_by_records_of_the_one_before() -> None:
+    m, x = settled(), torch.randn(5, 4, dtype=torch.float64)
+    c = compiled(m, apply="always", iterations="auto")
+    assert min(train(m, c, x, steps=3)) >= 0.99
+    hwbp_compile.set_iterations(m, gamma=0.9)
+    assert min(train(m, c, x, steps=4)) >= 0.99
+    assert hwbp_compile.monitor(m).history[3].watched
+    # What does not change anything does not begin anew.
+    for _ in range(3):
+        hwbp_compile.set_iterations(m, "auto", gamma=0.9)
+        train(m, c, x, steps=1)
+    assert sum(s.watched for s in hwbp_compile.monitor(m).history) == 2
+
+
+def test_the_user_is_told_once_though_settings_change(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, 6), *(PostNorm() for _ in range(8)), nn.Linear(6, 3)).double()
+    c = compiled(m, apply="always", iterations="auto", max_iterations=2)
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        for gamma in (0.0, 0.1):
+            hwbp_compile.set_iterations(m, gamma=gamma)
+            train(m, c, torch.randn(5, 4, dtype=torch.float64), steps=2)
+    assert caplog.text.count("uses exact backpropagation for now") == 1
+
+
+def test_forward_passes_without_a_backward_pass_hide_nothing() -> None:
+    m, x = settled(), torch.randn(5, 4, dtype=torch.float64)
+    c = compiled(m, apply="always", iterations="auto")
+    for _ in range(2):
+        grads(m, c, x)
+        for _ in range(12):
+            c(x)
+    found = [s for s in hwbp_compile.monitor(m).history if not s.watched]
+    assert found
+    assert {s.iterations for s in found} <= {1, 2, 3, 4}
+
+
+def test_a_single_group_is_iterated_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert set(play(lambda _, k: [0.5] + [0.0] * (k - 1), 9, blocks=1)[1:]) == {1}
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("iterations", ["auto", LENGTH])
 def test_a_gradient_scaler_leaves_out_the_same_steps(iterations: Any) -> None:
     """Inf in one batch: the weights stay, the scale is halved, training goes on, as with exact gradients."""
@@ -309,3 +357,31 @@ def test_a_gradient_scaler_leaves_out_the_same_steps(iterations: Any) -> None:
     for step, expected in zip(found, exact, strict=True):
         for a, b in zip(step, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+def test_a_gradient_scaler_while_k_is_chosen() -> None:
+    """Inf in one batch while the backward pass is iterated: the same scales as with exact gradients."""
+    batches = [torch.randn(5, 4) for _ in range(6)]
+    batches[3][0, 0] = math.inf
+    results = []
+    for highway in (False, True):
+        m = settled(0.05).float()
+        c = compiled(m, apply="always", iterations="auto") if highway else m
+        optimizer = torch.optim.SGD(m.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scales = []
+        for x in batches:
+            optimizer.zero_grad()
+            scaler.scale(c(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        results.append((scales, [p.detach().clone() for p in m.parameters()]))
+    history = hwbp_compile.monitor(m).history
+    assert [s.watched for s in history[:3]] == [True, False, False]
+    assert not history[3].watched, "the step with Inf is an iterated one"
+    (exact_scales, exact), (scales, found) = results
+    assert scales == exact_scales
+    assert scales[2] == 2 * scales[3]
+    for f, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-2, atol=1e-3)

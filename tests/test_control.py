@@ -224,7 +224,36 @@ def test_a_schedule_steps_through_its_phases() -> None:
     assert other.settings == {"iterations": 1}
     other.load_state_dict(schedule.state_dict())
     assert other.settings == {"iterations": "exact"}
+    # What was set meanwhile does not stay.
+    hwbp_compile.set_iterations(m, 4)
+    other.load_state_dict(schedule.state_dict())
+    assert same(grads(m, c, X), fresh(m, iterations="exact"))
     assert other.last_step == 5
+
+
+def test_a_part_of_a_model_that_has_not_its_first_parameter() -> None:
+    m = model()
+    c = compiled(m, apply="always", iterations=2)
+    grads(m, c, X)
+    hwbp_compile.set_iterations(m[3], 1)
+    found = grads(m, c, X)
+    assert [s.iterations for s in hwbp_compile.monitor(m[-1]).history] == [2, 1]
+    assert same(found, fresh(m, iterations=1))
+
+
+def test_a_graph_that_runs_two_models() -> None:
+    teacher, student = model(), model()
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = teacher(x)
+        return student(x) - y
+
+    c = compiled(both, apply="always", iterations=2)
+    for k in (2, 1):
+        hwbp_compile.set_iterations(student, k)
+        c(X).square().sum().backward()
+    assert [s.iterations for s in hwbp_compile.monitor(student).history] == [2, 1]
 
 
 def test_a_schedule_may_be_a_function() -> None:

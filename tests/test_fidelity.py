@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hwbp_compile
 from hwbp_compile.__main__ import main
+from hwbp_compile.report.recommend import sweeps_of
 
 
 def loss_fn(m: nn.Module, batch: Tensor) -> Tensor:
@@ -120,6 +121,81 @@ def test_plot(tmp_path: Path) -> None:
 def test_wrong_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         hwbp_compile.fidelity(*arguments)
+
+
+def test_the_loss_is_given_the_model_itself() -> None:
+    m = model().eval()
+    seen: list[Any] = []
+
+    def loss(given: nn.Module, batch: Tensor) -> Tensor:
+        seen.extend([given is m, given.training, next(given.parameters()).device.type])
+        penalty = torch.stack([p.square().sum() for p in given.parameters()]).sum()
+        result: Tensor = given(batch).square().sum() + 10 * penalty
+        return result
+
+    report = hwbp_compile.fidelity(m, loss, X, [1])
+    assert seen == [True, False, "cpu"] * 2
+    m.zero_grad()
+    loss(m, X).backward()
+    exact = torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+    m.zero_grad()
+    without = hwbp_compile.fidelity(m, loss_fn, X, [1]).rows[0].overall.relative_error
+    assert 0 < report.rows[0].overall.relative_error < without
+    assert "_compiled_call_impl" not in m.__dict__
+    assert exact.isfinite().all()
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean, which each call moves."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.5)
+        y: Tensor = self.inner(x - self.mean)
+        return y
+
+
+def test_every_k_sees_the_same_buffers() -> None:
+    m = Centred()
+    report = hwbp_compile.fidelity(m, loss_fn, X + 2, [LENGTH, LENGTH + 1])
+    assert [r.overall.relative_error < 1e-10 for r in report.rows] == [True, True]
+    assert not m.mean.any()
+
+
+def test_a_model_without_chains() -> None:
+    m = nn.Linear(4, 3).double()
+    assert str(hwbp_compile.fidelity(m, loss_fn, X, [1])).startswith("no chain of this model is iterated")
+    found = hwbp_compile.recommend(m, loss_fn, [X])
+    assert found.options == {"iterations": "exact"}
+    assert "no chain of this model is iterated" in str(found)
+
+
+def test_sweeps() -> None:
+    assert sweeps_of(2, {}, 16) == 2
+    assert sweeps_of(2, {"exact_tail": 2}, 16) == (2 * 14 + 2) / 16
+    assert sweeps_of(1, {"exact_tail": 4}, 5) == 1, "a block and an exact sweep"
+    assert sweeps_of(1, {"group_size": 4}, 16) == 1.75
+
+
+def test_recommended_options_say_that_there_are_no_groups_over_time() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.rnn(x)[0])
+            return y
+
+    m, x = Reader().double(), torch.randn(20, 2, 4, dtype=torch.float64)
+    found = hwbp_compile.recommend(m, loss_fn, [x], splits=[{}])
+    assert found.options == {"iterations": found.tried[0].iterations, "group_size": 1}
 
 
 def test_unknown_splits_are_refused() -> None:

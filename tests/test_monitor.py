@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import LENGTH, compiled, grads, model
+from small_models import LENGTH, D, chain, compiled, grads, model
 from torch import Tensor, nn
 
 import hwbp_compile
 from hwbp_compile.control.monitor import Monitor
+from hwbp_compile.passes import record
 
 
 def cotangents(m: nn.Sequential, x: Tensor, iterations: int) -> list[list[Tensor]]:
@@ -111,6 +112,50 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
     found = [s.chains[0].steps for s in hwbp_compile.monitor(m).history]
     for x, steps in zip(inputs, found, strict=True):
         assert steps == pytest.approx(steps_of(cotangents(m, x, 2)), rel=1e-5)
+
+
+def test_what_is_current_is_of_the_last_step() -> None:
+    """Another size makes another graph; the chains of the one before are not there any more."""
+    m = model()
+    c = compiled(m, apply="always", iterations=2, dynamic=False)
+    seen = hwbp_compile.monitor(m)
+    for size in (5, 7, 5, 7, 7):
+        grads(m, c, torch.randn(size, 4, dtype=torch.float64))
+    assert len(seen.graphs()) == 2
+    assert len(seen.current) == 1
+    assert seen.current == seen.graphs()[1][-1].chains
+    assert len(seen.scalars()) == 2
+    grads(m, c, torch.randn(5, 4, dtype=torch.float64))
+    assert seen.current == seen.graphs()[0][-1].chains
+
+
+def test_a_forward_pass_alone_hides_no_history() -> None:
+    m = nn.Sequential(model(), nn.Dropout()).double()
+    c = compiled(m, apply="always", iterations=2)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    grads(m, c, x)
+    m.eval()
+    c(x)
+    assert len(hwbp_compile.monitor(m).history) == 1
+    assert len(hwbp_compile.monitor(m).current) == 1
+
+
+def test_more_chains_than_rows_are_summed_up_by_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    lengths = (4, 6, 3, 5)
+    parts = [part for n in lengths for part in (*chain(n), nn.Sequential(nn.Linear(D, D), nn.Tanh()))]
+    m = nn.Sequential(nn.Linear(4, D), *parts).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    grads(m, compiled(m, apply="always", iterations=3, min_blocks=2), x)
+    each = hwbp_compile.monitor(m).current
+    assert [c.blocks for c in each] == list(lengths)
+    monkeypatch.setattr(record, "CHAINS", 2)
+    torch._dynamo.reset()
+    grads(m, compiled(m, apply="always", iterations=3, min_blocks=2), x)
+    first, worst = hwbp_compile.monitor(m).current
+    assert first == each[0]
+    assert (worst.blocks, worst.iterations) == (3, 3)
+    assert worst.steps == pytest.approx([max(c.steps[i] for c in each[1:]) for i in range(3)])
 
 
 def test_equal_models_are_told_apart() -> None:

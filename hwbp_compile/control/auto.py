@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Reversible
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from ..options import Options
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FIRST_PERIOD = 10
 """Steps from the first watched one to the next; twice as many each time that nothing changes."""
 LONGEST_PERIOD = 320
-RECENT = 8
+RECENT = 64
 """Steps that are looked at: their records may come late, or never."""
 SUDDEN = 2.0
 """So many times the tolerance may be estimated between watched steps before one is made at once."""
@@ -39,9 +39,11 @@ class AutoIterations:
 
     Args:
         options: with ``iterations="auto"``.
+        begins: the number of its first step. What was recorded before was recorded with other options.
+        warned: whether the user knows already that training is exact for now.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, begins: int = 0, warned: bool = False) -> None:
         self._options = options
         self._tolerance = options.tolerance
         exact = replace(options, iterations="exact", given=options.given | {"iterations"})
@@ -55,17 +57,15 @@ class AutoIterations:
         """Per chain, how much smaller than the k-th step the next one was when it was watched."""
         self._period = FIRST_PERIOD
         self._until_watched = 0
-        self._read = -1
+        self._read = begins - 1
         self._waiting, self._decided = False, False
-        self._warned = False
+        self.warned = warned
 
     def next_options(self, history: Reversible[Entry]) -> Options:
         """The options of the next step."""
-        recent = list(islice(reversed(history), RECENT))
-        for entry in reversed(recent):
-            if entry.number <= self._read or not entry.options.is_iterated:
-                continue
-            if entry.is_here and (chains := entry.chains()):
+        unread = takewhile(lambda entry: entry.number > self._read, reversed(history))
+        for entry in reversed(list(islice(unread, RECENT))):
+            if entry.options.is_iterated and entry.is_here and (chains := entry.chains()):
                 self._read = entry.number
                 self._take(entry, chains)
         if self._until_watched <= 0 or not self._decided:
@@ -131,9 +131,9 @@ class AutoIterations:
         return any(not e <= SUDDEN * self._tolerance for e in estimates)
 
     def _warn(self, chains: tuple[ChainRecord, ...]) -> None:
-        if self._warned:
+        if self.warned:
             return
-        self._warned = True
+        self.warned = True
         worst = max(chains, key=lambda c: c.steps[-1] if math.isfinite(c.steps[-1]) else math.inf)
         late = [(k, c.blocks) for c in chains if (k := _settled(c, self._tolerance)) and 2 * k > c.blocks]
         if worst.steps[-1] <= self._tolerance and late:
@@ -166,5 +166,7 @@ def _settled(chain: ChainRecord, tolerance: float) -> int | None:
 
 def _smallest(chain: ChainRecord, tolerance: float) -> int | None:
     """The same, at most half of the blocks: beyond, exact backpropagation has no more to do."""
+    if chain.blocks == 1:
+        return 1  # which is exact
     found = _settled(chain, tolerance)
     return found if found is not None and 2 * found <= chain.blocks else None

@@ -44,14 +44,16 @@ class Monitor:
 
     @property
     def history(self) -> list[StepRecord]:
-        """The records of the graph that was run last; see :meth:`graphs`."""
-        runs = max(self._runs(), key=lambda r: r.last, default=None)
-        return [] if runs is None else list(_steps(runs))
+        """The records of the graph that was run last and has any; see :meth:`graphs`."""
+        latest = sorted(self._runs(), key=lambda runs: -runs.last)
+        return next((steps for runs in latest if (steps := list(_steps(runs)))), [])
 
     @property
     def current(self) -> tuple[ChainRecord, ...]:
-        """The last record of every graph's chains; empty as long as there is none."""
-        return tuple(chain for steps in self.graphs() for chain in steps[-1].chains)
+        """The last record of every chain; of graphs for several sizes those of the one that was run last."""
+        recorded = [(runs, steps[-1]) for runs in self._runs() if (steps := list(_steps(runs)))]
+        latest = {runs.frame: runs for runs, _ in sorted(recorded, key=lambda pair: pair[0].last)}
+        return tuple(c for runs, step in recorded if latest[runs.frame] is runs for c in step.chains)
 
     def record_blocks(self, on: bool = True) -> None:
         """Have the next steps record every block's last step by itself, as ``block_steps``.
@@ -81,7 +83,7 @@ class Monitor:
 
     def _runs(self) -> list[Runs]:
         parameters = {id(p) for p in self._model.parameters()}
-        return [r for r in all_runs() if r.parameter is not None and id(r.parameter) in parameters]
+        return [r for r in all_runs() if any(id(p) in parameters for p in r.parameters())]
 
 
 def _steps(runs: Runs) -> Iterator[StepRecord]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
-from weakref import ReferenceType, WeakSet, ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -142,15 +142,16 @@ class Runs:
 
     Args:
         compiled: the options that the graph was compiled with.
-        parameter: one that the graph reads; None if it reads none.
+        parameters: those that the graph reads.
+        frame: equal for graphs of one code, such as those for other sizes.
     """
 
     _made = 0
     _begun = 0
 
-    def __init__(self, compiled: Options, parameter: Tensor | None) -> None:
-        self._compiled = compiled
-        self._parameter: ReferenceType[Tensor] | None = None if parameter is None else ref(parameter)
+    def __init__(self, compiled: Options, parameters: Sequence[Tensor], frame: Any) -> None:
+        self._compiled, self.frame = compiled, frame
+        self._parameters = [ref(p) for p in parameters]
         self.history: deque[Entry] = deque(maxlen=LENGTH)
         self.steps = 0
         self.last = 0
@@ -159,7 +160,7 @@ class Runs:
         self._with_blocks: dict[Options, Options] = {}
         self.auto: AutoIterations | None = None
         self._epoch = -1
-        self._order = -1
+        self._resolved = False
         self._options = compiled
         Runs._made += 1
         self.number = Runs._made
@@ -169,10 +170,9 @@ class Runs:
         else:
             elsewhere.append(self)
 
-    @property
-    def parameter(self) -> Tensor | None:
-        """The parameter that it is known by."""
-        return None if self._parameter is None else self._parameter()
+    def parameters(self) -> list[Tensor]:
+        """Those that the graph reads."""
+        return [p for each in self._parameters if (p := each()) is not None]
 
     @property
     def last_options(self) -> Options | None:
@@ -197,15 +197,15 @@ class Runs:
 
     def _resolve(self) -> None:
         self._epoch = epoch()
-        overrides = overrides_for(self.parameter)
+        overrides = overrides_for(self.parameters())
         options = self._compiled if overrides is None else overrides.over(self._compiled)
-        order = 0 if overrides is None else overrides.order
-        if options == self._options and order == self._order:
+        if self._resolved and options == self._options:
             return
-        self._order = order
+        self._resolved = True
         self._with_blocks.clear()
         self._options = options
-        self.auto = AutoIterations(options) if options.iterations == "auto" else None
+        warned = self.auto is not None and self.auto.warned
+        self.auto = AutoIterations(options, self.steps, warned) if options.iterations == "auto" else None
 
     def began(self, options: Options, records: Tensor) -> None:
         """A training step begins its forward pass."""

@@ -83,6 +83,7 @@ class IterationsSchedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another one was; its settings hold at once."""
         self.last_step = int(state["last_step"])
+        self._in_force = None
         self._apply()
 
 

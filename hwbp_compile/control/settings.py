@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import EllipsisType
@@ -42,11 +42,10 @@ def epoch() -> int:
     return _epoch
 
 
-def overrides_for(parameter: Tensor | None) -> Overrides | None:
-    """What was set last for a module that holds this parameter; None if nothing was."""
-    if parameter is None:
-        return None
-    found = [o for module, o in _overrides.items() if any(p is parameter for p in module.parameters())]
+def overrides_for(parameters: Sequence[Tensor]) -> Overrides | None:
+    """What was set last for a module that holds one of these parameters; None if nothing was."""
+    known = {id(p) for p in parameters}
+    found = [o for module, o in _overrides.items() if any(id(p) in known for p in module.parameters())]
     return max(found, key=lambda o: o.order, default=None)
 
 
@@ -61,7 +60,8 @@ def set_iterations(
     """Change k, and how the residual path is split, of a model that trains.
 
     It holds from the next forward pass on, for everything that is compiled with ``backend="highway"`` and
-    reads the model's parameters; what was set last counts where models share some. A value that was used
+    reads any of the model's parameters; what was set last counts where models share some, or a graph runs
+    several. A value that was used
     before costs nothing. A new one costs one compilation, without Dynamo, when the model is called next; of
     each compiled graph the last 16 settings are kept. Where other tensors take the parameters' place
     (``torch.func.functional_call``), the model is not known, and keeps what it was compiled with.

@@ -47,7 +47,8 @@ class Variants:
         self._compiled: OrderedDict[Any, Callable[..., Any] | None] = OrderedDict()
         self._lock = threading.RLock()
         self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._alone = Runs(options, None)
+        self._frame = _compat.frame_being_compiled()
+        self._alone = Runs(options, (), self._frame)
         self._last: tuple[Any, Runs] = (lambda: None, self._alone)
         self._position: int | None = None
         self._seen_arguments = False
@@ -85,7 +86,8 @@ class Variants:
             return runs
         with self._lock:
             if parameter not in self._runs:
-                self._runs[parameter] = Runs(self._options, parameter)
+                read = [x for x in args if isinstance(x, nn.Parameter)]
+                self._runs[parameter] = Runs(self._options, read, self._frame)
             runs = self._runs[parameter]
         self._last = ref(parameter), runs
         return runs

@@ -73,6 +73,9 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     if any(op_name(n) == "aten::as_strided" for n in part.order if n.op == "call_function"):
         # Its result depends on where in memory its operand lies, and the new cotangents lie elsewhere.
         found = [Refusal(_AS_STRIDED, f.blocks[-1].exit[0], f.blocks, f.residual) for f in found if f.blocks]
+    # In the order of the backward pass, as the records are to be.
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    found.sort(key=lambda f: min((place[n] for block in f.blocks for n in block.nodes), default=0))
     lap("find")
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     for each in found:

@@ -13,12 +13,14 @@ from ..solvers.observe import OBSERVE, WIDTH
 from .graft import graft
 
 CHAINS = 16
-"""Chains of one graph that can be recorded."""
+"""Chains of one graph that are recorded by themselves; the last row holds the worst of all others."""
 BLOCKS = 512
 """Blocks of one chain that can be recorded each by itself."""
 EMPTY = -1.0
 """Where nothing is."""
 OVER_TIME, OVER_DEPTH = 1.0, 0.0
+_BLOCKS = 1
+"""Where a row has the number of blocks."""
 
 
 def new_records(device: torch.device, blocks: bool) -> Tensor:
@@ -59,8 +61,8 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
         keep: whether there is memory for them, in the last input; if not they are dropped.
     """
     marks = [(OVER_TIME, n) for n in reversed(over_time)] + [(OVER_DEPTH, n) for n in reversed(over_depth)]
-    rows: list[list[Node]] = [list(n.args[0]) for _, n in marks][:CHAINS]  # type: ignore[arg-type]
-    each = [n.args[1] for _, n in marks][:CHAINS]
+    rows: list[list[Node]] = [list(n.args[0]) for _, n in marks]  # type: ignore[arg-type]
+    each = [n.args[1] for _, n in marks]
     for _, node in marks:
         graph.erase_node(node)
     if keep and rows:
@@ -72,16 +74,21 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
 
         def collect(*values: Tensor) -> tuple[Tensor]:
             remaining = iter(values)
+            found: list[list[Tensor]] = []
+            owns: list[Tensor] = []
+            for row in rows:
+                found.append([next(remaining).reshape(1).to(value.device) for _ in row])
+                owns.extend(next(remaining)[:room].to(value.device) for _ in range(bool(room)))
+            if len(found) > CHAINS:
+                found[CHAINS - 1 :] = [_worst(found[CHAINS - 1 :])]
             # One concatenation: each is a loop of its own in generated code.
             parts: list[Tensor] = []
-            for kind, row in zip(kinds, rows, strict=False):
-                parts.append(value.new_full((1,), kind))
-                parts.extend(next(remaining).reshape(1).to(value.device) for _ in row)
-                parts.append(value.new_full((WIDTH - len(row),), EMPTY))
+            for i, numbers in enumerate(found):
+                parts.extend([value.new_full((1,), kinds[i]), *numbers])
+                parts.append(value.new_full((WIDTH - len(numbers),), EMPTY))
                 if room:
-                    own = next(remaining)[:room].to(value.device)
-                    parts.extend([own, value.new_full((room - own.shape[0],), EMPTY)])
-            parts.append(value.new_full(((CHAINS - len(rows)) * value.shape[1],), EMPTY))
+                    parts.extend([owns[i], value.new_full((room - owns[i].shape[0],), EMPTY)])
+            parts.append(value.new_full(((CHAINS - len(found)) * value.shape[1],), EMPTY))
             return (torch.cat(parts).view(value.shape),)
 
         inputs = [
@@ -93,6 +100,14 @@ def record(graph: Graph, over_time: Sequence[Node], over_depth: Sequence[Node], 
             _, (result,) = graft(graph, traced, inputs)
             _compat.write_in_backward(graph, memory, result)
     graph.eliminate_dead_code()
+
+
+def _worst(rows: list[list[Tensor]]) -> list[Tensor]:
+    """Of several chains the fewest blocks, and of all else the largest."""
+    found = [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
+    merged = [torch.stack(each).amax(0) for each in found]
+    merged[_BLOCKS] = torch.stack(found[_BLOCKS]).amin(0)
+    return merged
 
 
 def _is_tangent(node: Node) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
+
 NOISE = 1e-6
 """The share of the whole gradient's norm below which a parameter's is rounding, and has no direction."""
 
@@ -40,6 +42,20 @@ def with_direction(exact: Mapping[str, Tensor]) -> list[str]:
     norms = {name: norm([g]) for name, g in exact.items()}
     whole = math.hypot(*norms.values())
     return [name for name in exact if norms[name] > NOISE * whole]
+
+
+def check_finite(exact: Mapping[str, Tensor], caller: str) -> None:
+    """Refuse gradients that nothing can be compared with.
+
+    Raises:
+        ModelError: one has a NaN or an Inf.
+    """
+    for name, gradient in exact.items():
+        if not bool(gradient.isfinite().all()):
+            raise ModelError(
+                f"The exact gradient of {name} is not finite; {caller} needs a batch and a loss without "
+                f"NaN and Inf."
+            )
 
 
 def mean_cosine(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:

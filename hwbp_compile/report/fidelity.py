@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..control.settings import NAMES
 from ..errors import ModelError, OptionError
-from .closeness import Closeness, closeness, mean_cosine, norm, with_direction
-from .table import table
+from .closeness import Closeness, check_finite, closeness, mean_cosine, norm, with_direction
+from .table import NOTHING, table
 from .trial import LossFunction, trial
 
 
@@ -44,6 +44,8 @@ class Fidelity:
     without_gradient: tuple[str, ...]
     """Parameters whose exact gradient is zero but for rounding."""
     splits: dict[str, Any]
+    iterated: bool = True
+    """Whether any chain of the model is; if not, all gradients are exact."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
@@ -64,6 +66,8 @@ class Fidelity:
             for r in self.rows
         ]
         text = table(head, rows, words=[len(head) - 1])
+        if not self.iterated:
+            text = f"{NOTHING}\n\n{text}"
         if not self.without_gradient:
             return text
         return f"{text}\nleft out, as their gradient is zero: {', '.join(self.without_gradient)}"
@@ -134,12 +138,7 @@ def fidelity(
         exact, _ = tried.gradients(batch, {"iterations": "exact"})
         if not exact:
             raise ModelError("The loss reaches no parameter of the model.")
-        for name, gradient in exact.items():
-            if not bool(gradient.isfinite().all()):
-                raise ModelError(
-                    f"The exact gradient of {name} is not finite; fidelity needs a batch and a loss without "
-                    f"NaN and Inf."
-                )
+        check_finite(exact, "fidelity")
         live = with_direction(exact)
         rows: list[FidelityRow] = []
         before: dict[str, Tensor] = {}
@@ -159,7 +158,8 @@ def fidelity(
                 )
             )
             before = found
-    return Fidelity(tuple(rows), tuple(n for n in exact if n not in live), dict(splits))
+    iterated = any(r.estimates for r in rows) or not any(r.iterations for r in rows)
+    return Fidelity(tuple(rows), tuple(n for n in exact if n not in live), dict(splits), iterated)
 
 
 def _sortable(cosine: float) -> float:

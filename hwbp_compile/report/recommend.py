@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import OptionError
-from .closeness import mean_cosine
-from .table import table
+from .closeness import check_finite, mean_cosine
+from .table import NOTHING, table
 from .trial import LossFunction, Trial, trial
 
 SPLITS: tuple[dict[str, Any], ...] = (
@@ -62,6 +62,8 @@ class Recommendation:
         return asdict(self)
 
     def __str__(self) -> str:
+        if not self.tried:
+            return f"{NOTHING}: options={self.options}"
         head = ["splits", "k", "cosine", "sweeps", "in sequence"]
         rows = []
         for t in self.tried:
@@ -106,13 +108,14 @@ def recommend(
         splits: what to try, as options ``gamma``, ``group_size`` and ``exact_tail``.
 
     Returns:
-        What was tried, and options: ``{"iterations": "exact"}`` if nothing reaches the target.
+        What was tried, and options: ``{"iterations": "exact"}`` if nothing reaches the target, or nothing is
+        iterated in this model.
 
     Raises:
         OptionError: a split is wrong.
         TypeError: ``model`` is no module.
         ModelError: ``model`` is compiled with another backend, or ``loss_fn`` returns no scalar with a
-            gradient or does not call the model.
+            gradient or does not call the model, or an exact gradient is not finite.
         ValueError: ``target`` is not in (0, 1], or there is no batch or no split.
     """
     if not 0 < target <= 1:
@@ -127,12 +130,20 @@ def recommend(
         raise ValueError("recommend needs at least one batch and one split.")
     with trial(model, loss_fn, kept, "recommend") as tried:
         exact = [tried.gradients(batch, {"iterations": "exact"})[0] for batch in kept]
-        found = [_try(tried, kept, exact, s, target, max_iterations) for s in splits]
+        for gradients in exact:
+            check_finite(gradients, "recommend")
+        _, chains = tried.gradients(kept[0], _PLAIN | {"iterations": 1})
+        if not chains:
+            return Recommendation({"iterations": "exact"}, (), target)
+        blocks = max(c.blocks for c in chains)
+        found = [_try(tried, kept, exact, s, target, max_iterations, blocks) for s in splits]
     found.sort(key=lambda t: (t.iterations is None, t.sweeps, t.sequential, -max(t.cosines.values())))
     best = found[0]
     options: dict[str, Any] = {"iterations": "exact"}
     if best.iterations is not None:
-        options = {"iterations": best.iterations, **best.splits}
+        # Over time groups are the default, and were none where none is named.
+        groups = {"group_size": 1} if any(c.over_time for c in chains) else {}
+        options = {"iterations": best.iterations, **groups, **best.splits}
     return Recommendation(options, tuple(found), target)
 
 
@@ -143,8 +154,8 @@ def name_of(splits: dict[str, Any]) -> str:
 
 def sweeps_of(iterations: int, splits: dict[str, Any], blocks: int) -> float:
     """VJPs of all blocks that so many iterations evaluate, with what is swept exactly after them."""
-    group, tail = splits.get("group_size", 1), splits.get("exact_tail", 0)
-    return iterations + (group - 1) / group + tail / blocks
+    group, tail = splits.get("group_size", 1), min(splits.get("exact_tail", 0), blocks)
+    return (iterations + (group - 1) / group) * (blocks - tail) / blocks + tail / blocks
 
 
 def _try(
@@ -154,6 +165,7 @@ def _try(
     splits: dict[str, Any],
     target: float,
     max_iterations: int,
+    blocks: int,
 ) -> Tried:
     cosines: dict[int, float] = {}
     for k in range(1, max_iterations + 1):
@@ -168,7 +180,6 @@ def _try(
             break  # that was exact
     group, tail = splits.get("group_size", 1), splits.get("exact_tail", 0)
     reached = cosines[k] >= target
-    blocks = max((c.blocks for c in chains), default=1) * group + tail
     return Tried(
         dict(splits),
         cosines,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+NOTHING = "no chain of this model is iterated, and all gradients are exact; hwbp_compile.explain says why"
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int]) -> str:
     """Columns as wide as they need be; those with ``words`` flush left, numbers flush right."""

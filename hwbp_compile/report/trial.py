@@ -31,7 +31,6 @@ class Trial:
     def __init__(self, model: nn.Module, loss_fn: LossFunction, runs: list[Runs]) -> None:
         self._model, self._loss_fn, self._runs = model, loss_fn, runs
         options: dict[str, Any] = {"iterations": "exact", "apply": "always", "codegen": "eager"}
-        # Not the module itself: its __call__ may be compiled already.
         self._compiled = torch.compile(copy_function(_call, __name__), backend="highway", options=options)
         self._states = random_states()
 
@@ -44,39 +43,43 @@ class Trial:
             ModelError: the loss is no scalar, or reaches no parameter.
         """
         set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
-        set_random_states(self._states)
-        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        caller = _Caller(self._model, self._compiled)
-        loss = self._loss_fn(caller, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ModelError("loss_fn(model, batch) must return the loss, a tensor of one element.")
-        if not loss.requires_grad:
-            raise ModelError("The loss depends on no parameter that requires a gradient.")
-        if not caller.called:
-            raise ModelError("loss_fn(model, batch) must call the model that it is given: model(...).")
-        # Not backward(): hooks behind a parameter's gradient may change the parameter.
-        each = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        # What a forward pass changes, such as running means, is undone: every call starts from the same.
+        with unchanged(self._model, batch), _calls_of(self._model, self._compiled) as calls:
+            set_random_states(self._states)
+            named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+            loss = self._loss_fn(self._model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ModelError("loss_fn(model, batch) must return the loss, a tensor of one element.")
+            if not loss.requires_grad:
+                raise ModelError("The loss depends on no parameter that requires a gradient.")
+            if not calls:
+                raise ModelError("loss_fn(model, batch) must call the model that it is given: model(...).")
+            # Not backward(): hooks behind a parameter's gradient may change the parameter.
+            each = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         found = {name: g for (name, _), g in zip(named, each, strict=True) if g is not None}
         chains = [c for runs in self._runs if runs.history for c in runs.history[-1].chains()]
         return found, tuple(chains)
 
 
-class _Caller(nn.Module):
-    """The module, but called by way of a compiled function; its attributes are the module's."""
+@contextmanager
+def _calls_of(module: nn.Module, compiled: Callable[..., Any]) -> Iterator[list[None]]:
+    """Have what is compiled run when the module is called; the list has an item for each call."""
+    calls: list[None] = []
 
-    def __init__(self, model: nn.Module, compiled: Callable[..., Any]) -> None:
-        super().__init__()
-        object.__setattr__(self, "_model", model)
-        object.__setattr__(self, "_compiled", compiled)
-        object.__setattr__(self, "called", False)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return compiled(module._call_impl, args, kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module."""
-        object.__setattr__(self, "called", True)
-        return self._compiled(self._model, args, kwargs)
+    name = "_compiled_call_impl"  # where module.compile() puts its own
+    before = module.__dict__.get(name)
+    module.__dict__[name] = call
+    try:
+        yield calls
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
 
 
 def _call(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
