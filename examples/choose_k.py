@@ -57,6 +57,12 @@ def main() -> None:
             )
             print(f"step {step:3}  loss {loss.item():.3f}  {record}")
 
+    # Set by hand, it holds from the next step on.
+    hwbp_compile.set_iterations(model, 2, exact_tail=2)
+    loss_fn(compiled, data.train(steps)).backward()
+    print(f"\nWith k = 2 and an exact tail of 2:\n{seen}")
+    hwbp_compile.set_iterations(model, "exact", exact_tail=None)
+
     print("\nSettings that come close to the exact gradient now, cheapest first:\n")
     batches = [data.train(steps + i) for i in range(2)]
     splits = [{}, {"gamma": 0.1}, {"gamma": 0.2}, {"exact_tail": 2}, {"group_size": 2}, {"group_size": 4}]
