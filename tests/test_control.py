@@ -155,6 +155,7 @@ def test_where_it_holds_for_some_sizes_only_each_size_is_compiled() -> None:
     assert len(compilations) == 3  # one that is not used, and two sizes
 
 
+@pytest.mark.slow
 def test_what_one_compilation_finds_of_a_length_is_not_taken_for_granted_by_the_next() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:

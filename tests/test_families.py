@@ -74,7 +74,9 @@ def check_iterations(case: Case, iterations: Iterable[int]) -> None:
     assert max(errors) > 1e-8, "with few iterations the gradient must differ from the exact one"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "resnet" else f for f in FAMILIES]
+)
 @given(
     size=sizes,
     seed=st.integers(0, 2**31),
@@ -116,7 +118,7 @@ def test_each_split_alone(family: str, option: str, value: float) -> None:
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-INDUCTOR_IN_CI = {"residual_mlp", "preact_resnet", "lstm_loop"}
+INDUCTOR_IN_CI = {"residual_mlp", "lstm_loop"}
 
 
 @pytest.mark.parametrize(

@@ -266,10 +266,10 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_recommend_finds_the_smallest_k() -> None:
     m = model()
     splits: list[dict[str, Any]] = [{}, {"group_size": 3}, {"gamma": 0.9}]
-    found = hwbp_compile.recommend(m, loss_fn, [X, -X], target=0.999, splits=splits)
+    found = hwbp_compile.recommend(m, loss_fn, [X, -X], target=0.99, splits=splits)
     for tried in found.tried:
         for k, expected in tried.cosines.items():
-            assert (expected >= 0.999) == (k == tried.iterations)
+            assert (expected >= 0.99) == (k == tried.iterations)
             if k == max(tried.cosines):
                 rows = [hwbp_compile.fidelity(m, loss_fn, x, [k], **tried.splits).rows[0] for x in (X, -X)]
                 assert expected == pytest.approx(sum(r.mean_cosine for r in rows) / 2, abs=1e-9)
@@ -280,7 +280,7 @@ def test_recommend_finds_the_smallest_k() -> None:
     assert k is not None
     assert (by_group[3].sweeps, by_group[3].sequential) == (pytest.approx(k + 2 / 3), 3 * k + 2)
     assert found.options == {"iterations": found.tried[0].iterations, **found.tried[0].splits}
-    assert str(found).endswith(f"for a cosine of 0.999: options={found.options}")
+    assert str(found).endswith(f"for a cosine of 0.99: options={found.options}")
     hwbp_compile.Options(**found.options)
 
 

@@ -32,7 +32,12 @@ def new_nodes(family: str, depth: int, iterations: int) -> tuple[int, Record]:
     return sum(len(o.new) for o in records[0].outcomes), records[0]
 
 
-@pytest.mark.parametrize("family", CHAINS_OF_FEW_CLASSES)
+LARGE = {"resnet", "preact_resnet", "pre_ln_transformer"}
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in LARGE else f for f in CHAINS_OF_FEW_CLASSES]
+)
 def test_an_iteration_adds_as_many_nodes_whatever_the_depth(family: str) -> None:
     """Also the proof that no batched operator is a loop over the layers."""
     added = {depth: new_nodes(family, depth, 3)[0] - new_nodes(family, depth, 2)[0] for depth in (3, 7)}

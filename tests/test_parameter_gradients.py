@@ -34,8 +34,11 @@ def check(case: Case, iterations: int = 1) -> Record:
 
 @pytest.mark.parametrize(
     "family",
-    ["residual_mlp", "preact_resnet", "resnet", "pre_ln_transformer", "mixer", "gru_loop", "gated_loop"],
-)
+    [
+        "residual_mlp", "preact_resnet", "pre_ln_transformer", "mixer", "gru_loop", "gated_loop",
+        pytest.param("resnet", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_as_many_products_whatever_the_depth(family: str) -> None:
     """Also those that are left of the original backward pass."""
     counts = []
