@@ -94,7 +94,7 @@ def test_a_compiled_model_and_several_arguments() -> None:
     report = hwbp_compile.fidelity(
         c,
         lambda m, batch: nn.functional.mse_loss(m(batch["x"]), batch["y"]),
-        {"x": X, "y": torch.zeros(5, 3)},
+        {"x": X, "y": torch.zeros(5, 3, dtype=X.dtype)},
         [LENGTH],
     )
     assert report.rows[0].overall.cosine == pytest.approx(1, abs=1e-9)
