@@ -13,7 +13,7 @@ from hwbp_compile import explain
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.GRU(3, 5, num_layers=2, bidirectional=True)
+        self.encoder = nn.GRU(3, 5, bidirectional=True)
         self.decoder = nn.LSTM(10, 6)
         self.old = nn.RNN(6, 4)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(5))
@@ -34,12 +34,12 @@ def test_layers_and_chains() -> None:
     )
     found = [(c.over, c.blocks, c.modules[0], c.applied) for c in explanation.chains]
     assert found == [
-        *[("time", 40, "encoder", True)] * 4,
+        *[("time", 40, "encoder", True)] * 2,
         ("time", 40, "decoder", True),
         ("time", 40, "old", False),
         ("depth", 5, "blocks.0", True),
     ]
-    gru, lstm, rnn = explanation.chains[0], explanation.chains[4], explanation.chains[5]
+    gru, lstm, rnn = explanation.chains[0], explanation.chains[2], explanation.chains[3]
     assert gru.residual == "gate"
     assert gru.shapes == ((2, 5),)
     assert gru.iterations == 2
@@ -47,7 +47,7 @@ def test_layers_and_chains() -> None:
     assert "no residual path" in rnn.reason
     assert all("test_explain_recurrent.py" in line for line in gru.lines)
     text = str(explanation)
-    assert "6 of 7 residual chains are rewritten" in text
+    assert "4 of 5 residual chains are rewritten" in text
     assert "2 iterations over time" in text
     json.dumps(explanation.to_dict())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from hypothesis import strategies as st
 from reference import Settings
 
 TOLERANCE = 1e-10
+
+LARGE = {"resnet"}
+"""Left to the slow tests; there is a smaller one of the same kind."""
+
+
+def all_but(slow: set[str]) -> list[Any]:
+    """All families, some of them as slow tests."""
+    return [pytest.param(f, marks=pytest.mark.slow) if f in slow else f for f in FAMILIES]
+
 
 sizes = st.builds(
     Size,
@@ -41,7 +51,7 @@ def check_found(case: Case, records: list) -> None:
         assert any(kind in name for _, name in found), found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", all_but(LARGE))
 @given(size=sizes, seed=st.integers(0, 2**31))
 def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) -> None:
     case = build(family, size, seed)
@@ -50,7 +60,7 @@ def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) ->
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", all_but(LARGE))
 @given(size=sizes, seed=st.integers(0, 2**31), more=st.integers(1, 3))
 def test_reference_at_few_iterations(family: str, size: Size, seed: int, more: int) -> None:
     check_iterations(build(family, size, seed), [0, more])
@@ -74,9 +84,7 @@ def check_iterations(case: Case, iterations: Iterable[int]) -> None:
     assert max(errors) > 1e-8, "with few iterations the gradient must differ from the exact one"
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f == "resnet" else f for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", all_but(LARGE | {"encoder_decoder", "two_towers"}))
 @given(
     size=sizes,
     seed=st.integers(0, 2**31),
@@ -104,9 +112,7 @@ ALONE_IN_CI = {"residual_mlp", "highway_layers"}
 @pytest.mark.parametrize(
     ("option", "value"), [("gamma", 0.3), ("gamma", 1.0), ("group_size", 3), ("exact_tail", 2)]
 )
-@pytest.mark.parametrize(
-    "family", [f if f in ALONE_IN_CI else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", all_but(set(FAMILIES) - ALONE_IN_CI))
 def test_each_split_alone(family: str, option: str, value: float) -> None:
     case = build(family, Size(depth=5), 3)
     found, _ = highway(case, iterations=1, **{option: value})
@@ -121,9 +127,7 @@ def test_each_split_alone(family: str, option: str, value: float) -> None:
 INDUCTOR_IN_CI = {"residual_mlp", "lstm_loop"}
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in INDUCTOR_IN_CI else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", all_but(set(FAMILIES) - INDUCTOR_IN_CI))
 def test_inductor_in_single_precision(family: str) -> None:
     size = Size(depth=4, width=8, batch=2, length=4)
     expected = reference(build(family, size, 1), Settings(2))
