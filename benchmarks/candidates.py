@@ -25,13 +25,6 @@ TINY = 1e-30
 RIDGE = 1e-6
 
 
-def _split(system: System, gamma: float) -> tuple[ResidualPath, ResidualPath, tuple[int, ...]]:
-    """What is scanned, what is left of the residual path, and the order of the components."""
-    kept, dropped, order = system.residual.split_triangular()
-    rest = plain._sum_paths(kept.scaled(gamma), dropped)
-    return kept.scaled(1.0 - gamma), rest, order
-
-
 def _terms(system: System, rest: ResidualPath, w: State) -> tuple[Tensor | None, ...]:
     """What all blocks but for the scanned path make of the cotangents."""
     rows = tuple(c[:-1] for c in w)
@@ -56,7 +49,7 @@ def fitted(each_block: bool) -> Iterate:
     """Besides K, scan along ``a I``: a is the least-squares fit of the blocks' VJPs of the last iterate."""
 
     def iterate(system: System, iterations: int, gamma: float) -> State:
-        kept, rest, order = _split(system, gamma)
+        kept, rest, order = plain.split_path(system.residual, gamma)
         w = scan_path(kept, order, system.first, system.later, system.blocks)
         for _ in range(min(iterations, system.blocks)):
             terms = _terms(system, rest, w)
@@ -85,7 +78,7 @@ def diagonal(system: System, iterations: int, gamma: float) -> State:
     Only where the last dimension is all that a block mixes, as over time; the diagonal's VJPs, of which an
     analytic formula would need none, are not counted.
     """
-    kept, rest, order = _split(system, gamma)
+    kept, rest, order = plain.split_path(system.residual, gamma)
     like = tuple(c.expand(system.blocks, *c.shape) for c in system.first)
     found: list[Tensor | None] = []
     for i, component in enumerate(like):
@@ -110,7 +103,7 @@ def diagonal(system: System, iterations: int, gamma: float) -> State:
 
 def krylov(system: System, iterations: int, gamma: float) -> State:
     """The combination of the iterates with the smallest residual, each block's relative to its cotangent."""
-    kept, rest, order = _split(system, gamma)
+    kept, rest, order = plain.split_path(system.residual, gamma)
     iterates = [scan_path(kept, order, system.first, system.later, system.blocks)]
     for _ in range(min(iterations, system.blocks)):
         terms = _with_direct(system, _terms(system, rest, iterates[-1]))

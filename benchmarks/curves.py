@@ -61,10 +61,7 @@ class Run:
     def __init__(self, task: PaperTask, model: nn.Module, backend: str, options: dict[str, Any]) -> None:
         self.task, self.model, self.curve = task, model, Curve()
         self.compiled = torch.compile(model, backend=backend, options=options or None)
-        self.optimizer = torch.optim.AdamW(model.parameters())
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, task.learning_rate, total_steps=task.steps
-        )
+        self.optimizer, self.schedule = task.optimizer(model)
 
     def step(self, number: int) -> None:
         """Train on one batch."""

@@ -59,8 +59,7 @@ def run(task: PaperTask, setting: dict[str, Any], seed: int) -> Outcome:
     options: dict[str, Any] = {"apply": "always", "codegen": "eager"}
     compiled = torch.compile(model, backend="highway", options=options)
     hwbp_compile.set_iterations(model, **setting)
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=task.steps)
+    optimizer, schedule = task.optimizer(model)
     twin = copy.deepcopy(model)
     seen, outcome, first = hwbp_compile.monitor(model), Outcome(0.0, 0.0), steps_so_far(model)
     for step in range(task.steps):

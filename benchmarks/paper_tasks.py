@@ -29,6 +29,14 @@ class PaperTask:
     steps: int
     learning_rate: float
 
+    def optimizer(
+        self, model: nn.Module
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """What every run trains with, and its learning rate."""
+        optimizer = torch.optim.AdamW(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
+        return optimizer, schedule
+
 
 class AfterAdd(nn.Module):
     """``relu(x + f(x))``, as in the first residual networks."""

@@ -85,8 +85,7 @@ def row_of(
 
 def train(task: PaperTask, model: nn.Module) -> None:
     """Exactly, in eager mode."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=task.steps)
+    optimizer, schedule = task.optimizer(model)
     for step in range(task.steps):
         optimizer.zero_grad()
         loss_of(model, task.data.train(step)).backward()

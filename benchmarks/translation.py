@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from data import Batch, Data
+from data import Data, shuffled
 from num2words import num2words
 from torch import Tensor, nn
 
@@ -30,19 +30,8 @@ def number_words(batch: int, largest: int = 9999) -> Data:
     sources = rows(english, [], [], max(map(len, english)), PADDING)
     so_far, wanted = rows(german, [START], [], width, PADDING), rows(german, [], [END], width, IGNORED)
     inputs = torch.cat([sources, so_far], 1)
-    order = torch.randperm(largest + 1, generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.split([len(order) // 20, len(order) - len(order) // 20])
-
-    def train(step: int) -> Batch:
-        chosen = kept[torch.randint(len(kept), (batch,), generator=torch.Generator().manual_seed(step))]
-        return inputs[chosen], wanted[chosen]
-
-    return Data(
-        train,
-        tuple((inputs[chosen], wanted[chosen]) for chosen in held_out.split(batch)),
-        END + 1 + len(letters),
-        f"the numbers to {largest:,} in English and German words",
-    )
+    what = f"the numbers to {largest:,} in English and German words"
+    return shuffled(inputs, wanted, batch, len(inputs) // 20, END + 1 + len(letters), what)
 
 
 class Attention(nn.Module):

@@ -60,19 +60,23 @@ def digits(batch: int) -> Data:
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     labels = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.split([len(order) // 5, len(order) - len(order) // 5])
+    what = f"{len(images):,} images of handwritten digits from scikit-learn"
+    return shuffled(images, labels, batch, len(images) // 5, 10, what)
+
+
+def shuffled(
+    inputs: Tensor, targets: Tensor, batch: int, held_out: int, classes: int, description: str
+) -> Data:
+    """Rows in random batches; so many of them are held out for validation."""
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    validation, kept = order.split([held_out, len(order) - held_out])
 
     def train(step: int) -> Batch:
         rows = kept[torch.randint(len(kept), (batch,), generator=torch.Generator().manual_seed(step))]
-        return images[rows], labels[rows]
+        return inputs[rows], targets[rows]
 
-    return Data(
-        train,
-        tuple((images[rows], labels[rows]) for rows in held_out.split(batch)),
-        10,
-        f"{len(images):,} images of handwritten digits from scikit-learn",
-    )
+    held = tuple((inputs[rows], targets[rows]) for rows in validation.split(batch))
+    return Data(train, held, classes, description)
 
 
 def pixels(batch: int, size: int) -> Data:

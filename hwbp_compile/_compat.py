@@ -674,6 +674,23 @@ def _dynamo_context(wrapper: Any) -> Any:
 
 
 @contextmanager
+def calls_redirected(
+    module: torch.nn.Module, call: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]
+) -> Iterator[None]:
+    """Calls of ``module`` are ``call(plain, args, kwargs)``; ``plain`` is what they would be uncompiled."""
+    name = "_compiled_call_impl"  # where module.compile() puts its own
+    before = module.__dict__.get(name)
+    module.__dict__[name] = lambda *args, **kwargs: call(module._call_impl, args, kwargs)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
+
+
+@contextmanager
 def compiling_freely() -> Iterator[None]:
     """Compile inside whatever was compiled before, and without an effect on what is compiled afterwards.
 

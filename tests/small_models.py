@@ -22,6 +22,15 @@ def model(depth: int = LENGTH) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, D), *chain(depth), nn.Linear(D, 3)).double()
 
 
+def settled(scale: float = 0.3) -> nn.Sequential:
+    """A chain that settles within a few iterations."""
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(4, D), *chain(3 * LENGTH), nn.Linear(D, 3)).double()
+    for block in list(m)[1:-1]:
+        block.f[-1].weight.data *= scale
+    return m
+
+
 def compiled(m: Callable[..., Any], dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
     options = {"codegen": "eager", "iterations": LENGTH} | options
     return torch.compile(m, backend="highway", options=options, dynamic=dynamic)

@@ -14,7 +14,7 @@ import torch
 from compare import float64
 from families import FAMILIES, Size
 from reference import plain_run
-from small_models import LENGTH, chain, compiled, grads, model
+from small_models import LENGTH, compiled, grads, model, settled
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -271,15 +271,6 @@ def test_it_begins_again_when_a_setting_changes() -> None:
     hwbp_compile.set_iterations(m, "auto")
     grads(m, c, x)
     assert [s.watched for s in hwbp_compile.monitor(m).history] == [False, True]
-
-
-def settled(scale: float = 0.3) -> nn.Sequential:
-    """A chain that settles within a few iterations."""
-    torch.manual_seed(0)
-    m = nn.Sequential(nn.Linear(4, 6), *chain(3 * LENGTH), nn.Linear(6, 3)).double()
-    for block in list(m)[1:-1]:
-        block.f[-1].weight.data *= scale
-    return m
 
 
 def test_another_split_is_not_judged_by_records_of_the_one_before() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -11,18 +10,13 @@ from compare import exact, float64, highway, reference, relative_error, rewritte
 from families import FAMILIES, Case, Size
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import some_slow
 from reference import Settings
 
 TOLERANCE = 1e-10
 
 LARGE = {"resnet"}
 """Left to the slow tests; there is a smaller one of the same kind."""
-
-
-def all_but(slow: set[str]) -> list[Any]:
-    """All families, some of them as slow tests."""
-    return [pytest.param(f, marks=pytest.mark.slow) if f in slow else f for f in FAMILIES]
-
 
 sizes = st.builds(
     Size,
@@ -51,7 +45,7 @@ def check_found(case: Case, records: list) -> None:
         assert any(kind in name for _, name in found), found
 
 
-@pytest.mark.parametrize("family", all_but(LARGE))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE))
 @given(size=sizes, seed=st.integers(0, 2**31))
 def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) -> None:
     case = build(family, size, seed)
@@ -60,7 +54,7 @@ def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) ->
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", all_but(LARGE))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE))
 @given(size=sizes, seed=st.integers(0, 2**31), more=st.integers(1, 3))
 def test_reference_at_few_iterations(family: str, size: Size, seed: int, more: int) -> None:
     check_iterations(build(family, size, seed), [0, more])
@@ -84,7 +78,7 @@ def check_iterations(case: Case, iterations: Iterable[int]) -> None:
     assert max(errors) > 1e-8, "with few iterations the gradient must differ from the exact one"
 
 
-@pytest.mark.parametrize("family", all_but(LARGE | {"encoder_decoder", "two_towers"}))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE | {"encoder_decoder", "two_towers"}))
 @given(
     size=sizes,
     seed=st.integers(0, 2**31),
@@ -112,7 +106,7 @@ ALONE_IN_CI = {"residual_mlp", "highway_layers"}
 @pytest.mark.parametrize(
     ("option", "value"), [("gamma", 0.3), ("gamma", 1.0), ("group_size", 3), ("exact_tail", 2)]
 )
-@pytest.mark.parametrize("family", all_but(set(FAMILIES) - ALONE_IN_CI))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, set(FAMILIES) - ALONE_IN_CI))
 def test_each_split_alone(family: str, option: str, value: float) -> None:
     case = build(family, Size(depth=5), 3)
     found, _ = highway(case, iterations=1, **{option: value})
@@ -127,7 +121,7 @@ def test_each_split_alone(family: str, option: str, value: float) -> None:
 INDUCTOR_IN_CI = {"residual_mlp", "lstm_loop"}
 
 
-@pytest.mark.parametrize("family", all_but(set(FAMILIES) - INDUCTOR_IN_CI))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, set(FAMILIES) - INDUCTOR_IN_CI))
 def test_inductor_in_single_precision(family: str) -> None:
     size = Size(depth=4, width=8, batch=2, length=4)
     expected = reference(build(family, size, 1), Settings(2))

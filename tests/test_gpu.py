@@ -7,7 +7,7 @@ import torch
 from compare import exact, float64, highway, reference, relative_error, rewritten
 from families import FAMILIES, Size
 from reference import Settings
-from small_models import LENGTH, chain, compiled, model
+from small_models import compiled, model, settled
 from torch import nn
 
 from hwbp_compile import monitor
@@ -93,9 +93,7 @@ def test_records_come_though_the_backward_passes_are_late() -> None:
 
 
 def test_k_is_chosen_from_records_that_nothing_waited_for() -> None:
-    m = nn.Sequential(nn.Linear(4, 6), *chain(3 * LENGTH), nn.Linear(6, 3)).double().cuda()
-    for block in list(m)[1:-1]:
-        block.f[-1].weight.data *= 0.3
+    m = settled().cuda()
     c = compiled(m, apply="always", iterations="auto")
     for _ in range(8):
         c(torch.randn(5, 4, dtype=torch.float64, device="cuda")).square().sum().backward()

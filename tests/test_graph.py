@@ -6,6 +6,7 @@ import pytest
 import torch
 from compare import exact, float64, highway, rewritten
 from families import FAMILIES, Size
+from marks import some_slow
 from torch import nn
 
 from hwbp_compile.passes.pipeline import Record
@@ -35,9 +36,7 @@ def new_nodes(family: str, depth: int, iterations: int) -> tuple[int, Record]:
 LARGE = {"resnet", "preact_resnet", "pre_ln_transformer"}
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in LARGE else f for f in CHAINS_OF_FEW_CLASSES]
-)
+@pytest.mark.parametrize("family", some_slow(CHAINS_OF_FEW_CLASSES, LARGE))
 def test_an_iteration_adds_as_many_nodes_whatever_the_depth(family: str) -> None:
     """Also the proof that no batched operator is a loop over the layers."""
     added = {depth: new_nodes(family, depth, 3)[0] - new_nodes(family, depth, 2)[0] for depth in (3, 7)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compare import exact, float64, highway, recorded, reference, relative_error, rewritten
 from families import FAMILIES, Case, Plain, Size
+from marks import some_slow
 from reference import Settings
 from torch import Tensor, nn
 
@@ -32,13 +33,12 @@ def check(case: Case, iterations: int = 1) -> Record:
     return records[0]
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "residual_mlp", "preact_resnet", "pre_ln_transformer", "mixer", "gru_loop", "gated_loop",
-        pytest.param("resnet", marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+FEW_CLASSES = [
+    "residual_mlp", "preact_resnet", "resnet", "pre_ln_transformer", "mixer", "gru_loop", "gated_loop",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", some_slow(FEW_CLASSES, {"resnet"}))
 def test_as_many_products_whatever_the_depth(family: str) -> None:
     """Also those that are left of the original backward pass."""
     counts = []

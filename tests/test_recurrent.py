@@ -13,6 +13,7 @@ import torch
 from compare import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import some_slow
 from reference import Settings, Step, reference_run
 from torch import Tensor, nn
 
@@ -565,7 +566,7 @@ def test_modules_without_memory(kind: str) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["gru", pytest.param("lstm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 def test_inductor_in_single_precision(kind: str) -> None:
     module = KINDS[kind](3, 8, num_layers=2)
     model = Model(module)

@@ -40,20 +40,19 @@ class Monitor:
 
         More than one graph comes of graph breaks, of parts compiled on their own, and of recompilation.
         """
-        return [steps for runs in self._runs() if (steps := list(_steps(runs)))]
+        return [steps for _, steps in self._recorded()]
 
     @property
     def history(self) -> list[StepRecord]:
         """The records of the graph that was run last and has any; see :meth:`graphs`."""
-        latest = sorted(self._runs(), key=lambda runs: -runs.last)
-        return next((steps for runs in latest if (steps := list(_steps(runs)))), [])
+        return max(self._recorded(), key=lambda pair: pair[0].last, default=(None, []))[1]
 
     @property
     def current(self) -> tuple[ChainRecord, ...]:
         """The last record of every chain; of graphs for several sizes those of the one that was run last."""
-        recorded = [(runs, steps[-1]) for runs in self._runs() if (steps := list(_steps(runs)))]
+        recorded = self._recorded()
         latest = {runs.frame: runs for runs, _ in sorted(recorded, key=lambda pair: pair[0].last)}
-        return tuple(c for runs, step in recorded if latest[runs.frame] is runs for c in step.chains)
+        return tuple(c for runs, steps in recorded if latest[runs.frame] is runs for c in steps[-1].chains)
 
     def record_blocks(self, on: bool = True) -> None:
         """Have the next steps record every block's last step by itself, as ``block_steps``.
@@ -80,6 +79,10 @@ class Monitor:
             for i, chain in enumerate(self.current, 1)
         ]
         return "\n".join(lines) or "nothing is recorded yet: no backward pass was iterated"
+
+    def _recorded(self) -> list[tuple[Runs, list[StepRecord]]]:
+        """The graphs that have any records, and these."""
+        return [(runs, steps) for runs in self._runs() if (steps := list(_steps(runs)))]
 
     def _runs(self) -> list[Runs]:
         parameters = {id(p) for p in self._model.parameters()}

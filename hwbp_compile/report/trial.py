@@ -44,7 +44,7 @@ class Trial:
         """
         set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
         # What a forward pass changes, such as running means, is undone: every call starts from the same.
-        with unchanged(self._model, batch), _calls_of(self._model, self._compiled) as calls:
+        with unchanged(self._model, batch), self._called() as calls:
             set_random_states(self._states)
             named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
             loss = self._loss_fn(self._model, batch)
@@ -60,26 +60,17 @@ class Trial:
         chains = [c for runs in self._runs if runs.history for c in runs.history[-1].chains()]
         return found, tuple(chains)
 
+    @contextmanager
+    def _called(self) -> Iterator[list[None]]:
+        """Have what is compiled run when the model is called; the list has an item for each call."""
+        calls: list[None] = []
 
-@contextmanager
-def _calls_of(module: nn.Module, compiled: Callable[..., Any]) -> Iterator[list[None]]:
-    """Have what is compiled run when the module is called; the list has an item for each call."""
-    calls: list[None] = []
+        def call(plain: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+            calls.append(None)
+            return self._compiled(plain, args, kwargs)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        return compiled(module._call_impl, args, kwargs)
-
-    name = "_compiled_call_impl"  # where module.compile() puts its own
-    before = module.__dict__.get(name)
-    module.__dict__[name] = call
-    try:
-        yield calls
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
+        with _compat.calls_redirected(self._model, call):
+            yield calls
 
 
 def _call(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -98,7 +89,6 @@ def trial(model: Any, loss_fn: LossFunction, batch: Any, caller: str) -> Iterato
     install()
     modules = [module, *(m for m in pytree.tree_leaves(batch) if isinstance(m, nn.Module))]
     with (
-        unchanged(module, batch),
         settings_kept(module),
         fresh_code((*modules, loss_fn)),
         _compat.compiling_freely(),

@@ -60,9 +60,7 @@ def solve(
 def iterate(system: System, iterations: int, gamma: float) -> State:
     """The plain iteration over a system's blocks; arguments and result as in :func:`solve`."""
     blocks = system.blocks
-    residual = system.residual
-    kept, dropped, order = residual.split_triangular()
-    kept, moved = kept.scaled(1.0 - gamma), _sum_paths(kept.scaled(gamma), dropped)
+    kept, moved, order = split_path(system.residual, gamma)
     with stage(RESIDUAL):
         w = scan_path(kept, order, system.first, system.later, blocks)
     seen = [w]
@@ -103,6 +101,12 @@ class HeadSystem:
         self.later = tuple(None if c is None else c[:blocks] for c in system.later)
         self.residual = system.residual.rows(slice(0, blocks))
         self.block_vjp = system.block_vjp
+
+
+def split_path(residual: ResidualPath, gamma: float) -> tuple[ResidualPath, ResidualPath, tuple[int, ...]]:
+    """What of ``K`` is scanned, what counts as part of the blocks, and the order of the components."""
+    kept, dropped, order = residual.split_triangular()
+    return kept.scaled(1.0 - gamma), _sum_paths(kept.scaled(gamma), dropped), order
 
 
 def _sum_paths(a: ResidualPath, b: ResidualPath) -> ResidualPath:
