@@ -52,6 +52,8 @@ def main() -> None:
     """Print one table."""
     made = parser(__doc__)
     made.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), default=(1024, 8, 16, 64))
+    made.add_argument("--no-scan", action="store_true", help="without torch's scan under Inductor")
+    made.add_argument("--compile-only", action="store_true", help="fill the compiler's caches")
     arguments = made.parse_args()
     set_up(arguments)
     torch.manual_seed(0)
@@ -61,13 +63,17 @@ def main() -> None:
     module = LayerNormGRU(inputs, hidden).to(arguments.device)
     x = torch.randn(length, batch, inputs, device=arguments.device)
     direction = torch.randn(length, batch, hidden, device=arguments.device)
-    steps = {
-        "loop, eager": Step(module, module.loop, x, direction),
-        "scan, Inductor": Step(module, torch.compile(module, backend="inductor"), x, direction),
-    }
+    steps = {"loop, eager": Step(module, module.loop, x, direction)}
+    if not arguments.no_scan:
+        steps["scan, Inductor"] = Step(module, torch.compile(module, backend="inductor"), x, direction)
+    peers = list(steps)
     for name, options in SETTINGS.items():
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
+    if arguments.compile_only:
+        for step in steps.values():
+            step()
+        return
     exact = [g.clone() for g in steps["loop, eager"]()]
     for step in steps.values():
         step()
@@ -75,7 +81,7 @@ def main() -> None:
     times = measure(steps, arguments.repeats)
     print(f"LayerNorm-GRU, T = {length}, B = {batch}, I = {inputs}, H = {hidden}")
     for name, ms in times.items():
-        against = [f"{times[peer] / ms:6.2f}x" for peer in ("loop, eager", "scan, Inductor")]
+        against = [f"{times[peer] / ms:6.2f}x" for peer in peers]
         print(f"  {name:20} {ms:9.2f} ms  {'  '.join(against)}  cosine {cosines[name]:.4f}")
 
 

@@ -3,9 +3,12 @@
 The loss is a random linear function of all outputs, the weights are as initialised. Besides times, the
 table has the smallest cosine between the exact and the highway gradient of any parameter, and on Linux by
 how much a step raises the memory in use. ``--loops`` adds what a user has for a cell of his own: a loop in
-Python, and torch's scan under Inductor.
+Python, and torch's scan under Inductor. The kind ``3-gru`` is the paper's: three layers, each added to its
+input.
 
     python benchmarks/recurrent.py --kind gru --threads 1 --repeats 15
+
+``--compile-only`` fills the compiler's caches, so that several processes can do that at once.
 """
 
 from __future__ import annotations
@@ -62,10 +65,31 @@ def in_python(step: Callable[..., Any], h: Tensor, inputs: Tensor) -> tuple[Tens
     return h, torch.stack(states)
 
 
+class ThreeGRUs(nn.Module):
+    """``x + gru(x)`` three times, after a projection."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(inputs, hidden)
+        self.layers = nn.ModuleList(nn.GRU(hidden, hidden) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        x = self.project(x)
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return (x,)
+
+
+KINDS: dict[str, Callable[[int, int], nn.Module]] = {"gru": nn.GRU, "lstm": nn.LSTM, "3-gru": ThreeGRUs}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def main() -> None:
     add = (made := parser(__doc__, repeats=15)).add_argument
-    add("--kind", choices=["gru", "lstm"], default="gru")
-    add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
+    add("--kind", choices=list(KINDS), default="gru")
+    add("--precision", choices=["float32", "tf32", *PRECISIONS], default="float32")
+    add("--settings", nargs="*", help="some of: " + ", ".join(SETTINGS))
+    add("--compile-only", action="store_true")
     add("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
     add("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
     arguments = made.parse_args()
@@ -73,18 +97,20 @@ def main() -> None:
     if arguments.precision == "tf32":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
+    dtype = PRECISIONS.get(arguments.precision, torch.float32)
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     print(f"{arguments.kind}, {arguments.precision}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
         torch.manual_seed(0)
         torch._dynamo.reset()
-        module = (nn.GRU if arguments.kind == "gru" else nn.LSTM)(inputs, hidden)
+        module = KINDS[arguments.kind](inputs, hidden)
         module.to(arguments.device, dtype)
         x = torch.randn(steps_, batch, inputs, device=arguments.device, dtype=dtype)
         direction = torch.randn(steps_, batch, hidden, device=arguments.device, dtype=dtype)
         steps = {"torch, eager": Step(module, module, x, direction)}
         for name, options in SETTINGS.items():
+            if arguments.settings and name not in arguments.settings:
+                continue
             compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
             steps[name] = Step(module, compiled, x, direction)
         if arguments.loops and arguments.kind == "gru":
@@ -92,6 +118,10 @@ def main() -> None:
             steps["loop, eager"] = Step(module, loop, x, direction)
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
+        if arguments.compile_only:
+            for step in steps.values():
+                step()
+            continue
         exact = [g.clone() for g in steps["torch, eager"]()]
         cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
         megabytes = {name: memory_of(step) for name, step in steps.items()}

@@ -597,6 +597,21 @@ def load_cpp_kernel(argument_types: Sequence[str], source: str) -> Callable[...,
     return loaded
 
 
+def exact_products() -> bool:
+    """Whether products of float32 are not to be rounded to TF32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set by the newer interface, which does not go together with this one
+        return bool(torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16"))
+
+
+def load_generated(source: str) -> Any:
+    """Import generated Python, from a file in Inductor's cache: Triton reads a kernel's source."""
+    from torch._inductor.codecache import PyCodeCache
+
+    return PyCodeCache.load(source)
+
+
 def inductor_options() -> dict[str, Any]:
     """The names of Inductor's own options and their present values."""
     import torch._inductor

@@ -7,11 +7,18 @@ import torch
 from compare import exact, float64, highway, reference, relative_error, rewritten
 from families import FAMILIES, Size
 from reference import Settings
+from scan_cells import CELLS
 from small_models import compiled, model, settled
+from step_programs import STEP_CASES, arguments, of_library, run_steps
+from test_scans import Model, data, gradients, loop
+from test_scans import highway as scan_highway
+from test_scans import reference as scan_reference
 from torch import nn
 
-from hwbp_compile import monitor
+from hwbp_compile import explain, monitor
+from hwbp_compile.errors import CannotRewrite
 from hwbp_compile.recurrent.layer import recurrent_layer
+from hwbp_compile.recurrent.step_triton import TritonRecurrence
 from hwbp_compile.scan import linear_scan
 from hwbp_compile.scan.naive import linear_scan_naive
 
@@ -100,3 +107,94 @@ def test_k_is_chosen_from_records_that_nothing_waited_for() -> None:
         torch.cuda.synchronize()
     assert {s.iterations for s in monitor(m).history[-4:]} <= {1, 2, 3, 4}
     assert not monitor(m).history[-1].watched
+
+
+@pytest.mark.parametrize("name", [*STEP_CASES, "gru 64", "lstm 128", "gru 256"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("exact_products", [True, False])
+def test_kernels_of_steps(name: str, dtype: torch.dtype, exact_products: bool) -> None:
+    """Against torch in the same precision, or in float64, step after step."""
+    kind, _, width = name.partition(" ")
+    case = STEP_CASES.get(name) or of_library(kind, int(width))
+    tolerances = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+    tolerance = tolerances[dtype] if exact_products or dtype != torch.float32 else 5e-3
+    for program, reverse in case.programs(dtype, "cuda"):
+        try:
+            kernel = TritonRecurrence(
+                program, dtype, reverse=reverse, exact_products=exact_products, device=torch.device("cuda")
+            )
+        except CannotRewrite as refusal:
+            pytest.skip(refusal.reason)
+        for steps, batch in ((7, 5), (1, 1), (3, 33)):
+            given = arguments(program, steps, batch, "cuda")
+            poisoned = torch.full((1 << 20,), float("nan"), device="cuda")
+            del poisoned  # what is not written shows
+            found = kernel(*given)
+            expected = run_steps(program, given, batch, reverse=reverse)
+            for a, b in zip(found, expected, strict=True):
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+                assert relative_error([a.double()], [b.double()]) <= tolerance
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_of_scans(name: str) -> None:
+    model = Model(CELLS[name]).cuda()
+    inputs = [t.detach().cuda().requires_grad_() for t in data(model.cell, 6, 5)]
+    expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
+    for iterations in (6, "exact"):
+        found = scan_highway(model, inputs, iterations=iterations)
+        assert relative_error(found, expected) <= 1e-10
+    splits = {"group_size": 2, "gamma": 0.2}
+    found = scan_highway(model, inputs, iterations=1, **splits)
+    assert relative_error(found, scan_reference(model, inputs, Settings(1, **splits))) <= 1e-10
+
+
+@pytest.mark.parametrize(("kind", "hidden"), [("gru", 64), ("lstm", 64), ("gru", 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recurrent_modules_under_inductor(kind: str, hidden: int, dtype: torch.dtype) -> None:
+    """Against float64, as is torch's own layer."""
+    module = getattr(nn, kind.upper())(8, hidden).cuda()
+    x = torch.randn(50, 4, 8, device="cuda")
+    doubled = getattr(nn, kind.upper())(8, hidden).cuda().double()
+    module.to(dtype)
+    doubled.load_state_dict(module.state_dict())
+
+    def found(m: nn.Module, run: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.detach().requires_grad_()
+        wanted = [leaf, *m.parameters()]
+        return [g.double() for g in torch.autograd.grad(run(leaf)[0].double().sin().sum(), wanted)]
+
+    expected = found(doubled, doubled, x.to(dtype).double())
+    library = relative_error(found(module, module, x.to(dtype)), expected)
+    for iterations in (50, "exact"):
+        options = {"iterations": iterations, "apply": "always", "group_size": 1}
+        compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
+        ours = relative_error(found(module, compiled, x.to(dtype)), expected)
+        assert ours <= max(1.5 * library, 1e-4)
+
+
+def test_a_wide_cell_runs_in_a_loop() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_h, self.of_x = nn.Linear(700, 700), nn.Linear(4, 700)
+
+        def forward(self, x: torch.Tensor, over_time: object = None) -> torch.Tensor:
+            def step(h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                h = 0.5 * h + torch.tanh(self.of_h(h) + self.of_x(x))
+                return h, h.clone()
+
+            from torch._higher_order_ops.scan import scan
+
+            return (over_time or scan)(step, x.new_zeros(x.shape[1], 700), x)[1]
+
+    model = Wide().cuda().double()
+    x = torch.randn(4, 3, 4, device="cuda", dtype=torch.float64)
+    expected = gradients(model, lambda x: model(x, over_time=loop).sin().sum(), [x.requires_grad_()])
+    torch._dynamo.reset()
+    options = {"iterations": "exact", "apply": "always", "codegen": "eager"}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    found = gradients(model, lambda x: compiled(x).sin().sum(), [x])
+    assert relative_error(found, expected) <= 1e-10
+    (record,) = explain(model, x, options=options).chains
+    assert "kernel" in str(record)

@@ -113,7 +113,7 @@ def torch_gradients(
 @pytest.fixture(autouse=True)
 def _no_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is fast on this machine at this moment decides about no test."""
-    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_: True)
+    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_, **__: True)
 
 
 def layer_gradients(
@@ -326,7 +326,7 @@ def test_the_library_trains(kind: str, copied: bool, dynamic: bool, monkeypatch:
 
     run = library._run
     monkeypatch.setattr(library, "_run", counted)
-    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_: False)
+    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_, **__: False)
     model = Model(layer(kind, 3, 5, num_layers=2))
     x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
     h = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)

@@ -31,6 +31,8 @@ from .recurrence import kernel_name
 
 log = logging.getLogger(__name__)
 
+_LONG = 256
+"""Steps of a typical layer, at which kernels and the library are compared."""
 _PATIENCE = 0.1
 """Seconds after which a measurement is not repeated once more."""
 
@@ -156,14 +158,20 @@ def why_exact_is_faster(
 
 
 def kernels_are_faster(
-    inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], key: str
+    inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], key: str, *, backward: bool
 ) -> bool:
-    """Whether exact training by our kernels, which exist, takes no longer than by the library."""
+    """Whether our kernels, which exist, take no longer than the library.
+
+    Args:
+        backward: whether they are to do exact backpropagation as well, not the forward pass only.
+    """
     case, _ = case_of(key, inputs, carry, weights)
     if case.empty:
         return True
     try:
         with _compat.outside_of_tracing():
+            if not backward:
+                return case.device.type == "cpu" or _kernels_go_forward(case)
             exact = fastest_exact(case)
     except Exception:
         log.warning("A recurrent layer is run by our kernels as its cost cannot be measured.", exc_info=True)
@@ -171,18 +179,29 @@ def kernels_are_faster(
     return exact is not None and exact.by == "kernels"
 
 
+def _kernels_go_forward(case: Case) -> bool:
+    """Whether the forward pass of an iterated layer is our kernels'.
+
+    On a CPU they are never slower than the library where only the backward pass is iterated, as they also
+    return what the backward pass needs.
+    """
+    kernels = _measure_kernels(case)
+    if kernels is None or case.device.type == "cpu":
+        return kernels is not None
+    library = _measure_library(case)
+    return library is None or kernels.forward.at(_LONG) <= library.forward.at(_LONG)
+
+
 @functools.lru_cache(maxsize=256)
 def fastest_exact(case: Case) -> Exact | None:
     """The faster of our kernels and the library, measured; None if there is neither."""
     choices = [_measure_kernels(case), _measure_library(case)]
-    longest = 256
     found = [c for c in choices if c is not None]
-    return min(found, key=lambda c: c.forward.at(longest) + c.backward.at(longest), default=None)
+    return min(found, key=lambda c: c.forward.at(_LONG) + c.backward.at(_LONG), default=None)
 
 
 def _forward_of_iteration(case: Case) -> Line:
-    """Our kernel's forward where there is one, else the library's."""
-    found = _measure_kernels(case) or _measure_library(case)
+    found = _measure_kernels(case) if _kernels_go_forward(case) else _measure_library(case)
     assert found is not None
     return found.forward
 
@@ -227,6 +246,8 @@ def _measure_library(case: Case) -> Exact | None:
         y = call_library(x[0], h, w, case.key, training=True)[0]
         wanted = [t for t in (*x, *h, *w) if t.requires_grad]
         cotangent = y.detach()
+        if not wanted:
+            return lambda: None
         return lambda: torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
 
     with torch.enable_grad(), _compat.autograd_inside_an_operator():
@@ -287,7 +308,7 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
         + operators * swept * operator_seconds(case.device, case.threads)
     )
     # Without kernels, the gates are computed again from the library's outputs.
-    again = _measure_kernels(case) is None
+    again = not _kernels_go_forward(case)
     besides = [n for n in cell.nodes if n not in block and (again or n in gradients)]
     last = (
         product(besides, steps=steps)

@@ -78,13 +78,14 @@ def _recurrent_layer(
     exact, watched = settings[0] == EXACT, settings[-1] > 0
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))
     reason = why_no_kernels(kind, [x[0]], carry, weights)
-    if not reason and exact and trains and not watched and not kernels_are_faster([x], carry, weights, kind):
-        reason = "its training pass takes less time here than our kernels"
+    sweeps = exact and trains and not watched
+    if not reason and not kernels_are_faster([x], carry, weights, kind, backward=sweeps):
+        reason = "it takes less time here than our kernels"
     if not reason:
         states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
         return [own(states[0][1:]), *last]
     log.info("A recurrent layer is run by the library: %s", reason)
-    if exact and trains and not watched:
+    if sweeps:
         return library_training(x, carry, weights, kind)
     result: list[Tensor] = torch.ops.hwbp_compile.library_layer.default(x, carry, weights, kind, *settings)
     return result

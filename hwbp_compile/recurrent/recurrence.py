@@ -23,6 +23,9 @@ from .cells import STEPS, steps_for_any_batch
 from .step_cpp import CppRecurrence
 from .step_loop import LoopRecurrence
 from .step_program import ROWS, StepProgram, backward_program, forward_program
+from .step_triton import TritonRecurrence
+
+Kernel = CppRecurrence | TritonRecurrence
 
 torch.library.define(
     "hwbp_compile::recurrence",
@@ -120,6 +123,7 @@ def kernel_name(
             "graph": cell.signature,
             "batch": batch if isinstance(batch, int) else None,
             "device": str(carry[0].device),
+            "exact_products": _compat.exact_products(),
             "shapes": _shapes(cell, batch) if isinstance(batch, int) else None,
         }
     )
@@ -147,7 +151,7 @@ def why_no_kernel(name: str) -> str:
     return _made(name)[1]
 
 
-def _kernel(name: str) -> CppRecurrence | LoopRecurrence:
+def _kernel(name: str) -> Kernel | LoopRecurrence:
     found, reason = _made(name)
     if found is None:
         raise CannotRewrite(reason)
@@ -155,12 +159,13 @@ def _kernel(name: str) -> CppRecurrence | LoopRecurrence:
 
 
 @functools.lru_cache(maxsize=256)
-def _made(name: str) -> tuple[CppRecurrence | LoopRecurrence | None, str]:
+def _made(name: str) -> tuple[Kernel | LoopRecurrence | None, str]:
     """What runs a program, and why it is no kernel or nothing."""
     given = json.loads(name)
-    with _compat.outside_of_tracing(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+    no_autocast = _compat.without_autocast(torch.device(given["device"]))
+    with _compat.outside_of_tracing(), torch.inference_mode(False), no_autocast:
         kernel = _compiled(given)
-        if isinstance(kernel, CppRecurrence):
+        if not isinstance(kernel, str):
             return kernel, ""
         if given["batch"] is None:
             return None, f"{kernel}, and the size of the batch is not fixed"
@@ -184,14 +189,14 @@ def _loop(given: Any) -> LoopRecurrence:
     cell = trace_cell(STEPS[given["cell"]], carry, inputs, weights)
     if given["backward"] is None:
         return LoopRecurrence(forward_program(cell, emit=given["emit"], rows=False), reverse=False)
-    program = backward_program(cell, given["backward"], given["wanted"], rows=False)
+    program = backward_program(cell, given["backward"], given["wanted"], rows=False, on_the_way=False)
     return LoopRecurrence(program, reverse=True)
 
 
-def _compiled(given: Any) -> CppRecurrence | str:
+def _compiled(given: Any) -> Kernel | str:
     """The kernel, or why there is none."""
-    if given["device"] != "cpu":
-        return "there are kernels for CPUs only"
+    if torch.device(given["device"]).type not in ("cpu", "cuda"):
+        return "there are kernels for CPUs and CUDA devices only"
     carry, inputs, batch = _like(given, "carry"), _like(given, "inputs"), given["batch"]
     reason = ""
     # What all steps share may have a dimension for the batch too, and a cell its size as a constant.
@@ -210,11 +215,18 @@ def _compiled(given: Any) -> CppRecurrence | str:
     return reason
 
 
-def _written(cell: CellGraph, given: Any, dtype: torch.dtype) -> CppRecurrence | str:
-    backward = given["backward"]
+def _written(cell: CellGraph, given: Any, dtype: torch.dtype) -> Kernel | str:
+    added, device = given["backward"], torch.device(given["device"])
+    reverse, on_cpu = added is not None, device.type == "cpu"
     try:
-        if backward is None:
-            return CppRecurrence(forward_program(cell, emit=given["emit"]), dtype, reverse=False)
-        return CppRecurrence(backward_program(cell, backward, given["wanted"]), dtype, reverse=True)
+        if reverse:
+            # On a GPU all steps' gradients at once are the faster.
+            program = backward_program(cell, added, given["wanted"], on_the_way=on_cpu)
+        else:
+            program = forward_program(cell, emit=given["emit"])
+        if on_cpu:
+            return CppRecurrence(program, dtype, reverse=reverse)
+        exact = given["exact_products"]
+        return TritonRecurrence(program, dtype, reverse=reverse, exact_products=exact, device=device)
     except CannotRewrite as refusal:
         return refusal.reason

@@ -84,18 +84,22 @@ def forward_program(cell: CellGraph, *, emit: bool, rows: bool = True) -> StepPr
 
 
 def backward_program(
-    cell: CellGraph, added: Sequence[bool], wanted: Sequence[bool], *, rows: bool = True
+    cell: CellGraph,
+    added: Sequence[bool],
+    wanted: Sequence[bool],
+    *,
+    rows: bool = True,
+    on_the_way: bool = True,
 ) -> StepProgram:
     """The step from one cotangent of a cell's state to the one before: exact backpropagation through time.
-
-    If there are ``rows``, as many gradients as possible are computed on the way, so that no cotangent has to
-    be kept. Without, all of them are left for later, when a product is one for all steps.
 
     Args:
         cell: one step.
         added: per component of the state, whether a cotangent joins from outside; the last of the inputs.
         wanted: per input and weight, whether its gradient is.
         rows: see :func:`forward_program`.
+        on_the_way: compute as many gradients as possible with the steps, so that no cotangent has to be kept.
+            Otherwise all of them are left for later, when a product is one for all steps.
     """
     n = len(cell.inputs)
     dependent = cell.depending_on(cell.block.entry)
@@ -106,7 +110,7 @@ def backward_program(
     for i, (gradient, use) in enumerate(zip((*cell.of_inputs, *cell.of_weights), wanted, strict=True)):
         if not use or gradient is None:
             continue
-        if not rows:
+        if not on_the_way:
             rest.append(gradient)
             continue
         terms = None if i < n else _summed(gradient, dependent)

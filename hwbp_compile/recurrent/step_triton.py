@@ -1,0 +1,143 @@
+"""A recurrence on a GPU as one Triton kernel: all steps, a few rows of the batch in each program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .. import _compat
+from ..errors import CannotRewrite
+from .step_program import LARGEST_MATRIX, ROWS, StepProgram
+from .step_triton_source import Shape, recurrence_source
+
+_TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+_REGISTERS = 20_000
+"""32-bit numbers that the weights may take in the registers of a program that works on one row."""
+_HELD = 110_000
+"""Bytes of weights that programs hold which use the matrix units."""
+
+
+class TritonRecurrence:
+    """The kernel of a program without sums.
+
+    Args:
+        program: one step.
+        dtype: of all tensors. Narrow ones are widened to float32 in a step, but for products.
+        reverse: whether time runs backwards.
+        exact_products: whether products of float32 are not to be rounded to TF32.
+        rows: of the batch, that a program takes; chosen by default.
+        device: where to try the kernel; None for nowhere.
+
+    Raises:
+        CannotRewrite: there is no kernel for this step, or no Triton.
+    """
+
+    def __init__(
+        self,
+        program: StepProgram,
+        dtype: torch.dtype,
+        *,
+        reverse: bool,
+        exact_products: bool = True,
+        rows: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if dtype not in _TYPES:
+            raise CannotRewrite(f"there is no kernel for {dtype}")
+        self.program, self._reverse = program, reverse
+        self._batch_dims = [
+            [_batch_dim(program.shape(n)) for n in nodes] for nodes in (program.inputs, program.shared)
+        ]
+        matrices = [n for n in program.shared if len(program.shape(n)) > 1]
+        size = sum(math.prod(program.shape(n)) for n in matrices)
+        words = size * (2 if dtype == torch.float64 else 1)
+        if rows is None:
+            rows = 1 if words <= _REGISTERS else 16
+        if rows > 1 and dtype == torch.float64:
+            raise CannotRewrite("matrices of this size in float64 have no kernel")
+        if size > LARGEST_MATRIX:
+            raise CannotRewrite("the matrices of a step are too large for a kernel")
+        narrow = dtype.itemsize if rows > 1 else 4
+        shape = Shape(
+            rows=rows,
+            widest=128,
+            hold=rows == 1 or size * narrow <= _HELD,
+            wide="tl.float64" if dtype == torch.float64 else "tl.float32",
+            narrow=_TYPES[dtype],
+            precision="tf32x3" if exact_products else "tf32",
+        )
+        self.source = recurrence_source(program, shape, reverse=reverse)
+        self._rows = rows
+        self._warps = (4 if words > 1_000 else 1) if rows == 1 else 8
+        try:
+            self.kernel = _compat.load_generated(self.source).kernel
+            if device is not None:
+                self._try(device)
+        except Exception as error:  # no Triton, or one that finds the kernel too large
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
+
+    def _try(self, device: torch.device) -> None:
+        """Compile the kernel, and run it for two steps of one row."""
+
+        def like(nodes: Sequence[Node], *more: int) -> list[Tensor]:
+            return [
+                torch.zeros(
+                    [*more, *(1 if n == ROWS else n for n in x.meta["val"].shape)],
+                    dtype=x.meta["val"].dtype,
+                    device=device,
+                )
+                for x in nodes
+            ]
+
+        self(like(self.program.carry), like(self.program.inputs, 2), like(self.program.shared))
+
+    def results(self, initial: Sequence[Tensor], steps: int) -> list[Tensor]:
+        """Tensors for what is returned: states, ``[T + 1, B, ...]`` or the last ones, and what is emitted."""
+        _, emitted, _ = self.program.results
+        batch = initial[0].shape[0]
+        states = [x.new_empty((steps + 1, *x.shape) if self.program.keep else x.shape) for x in initial]
+        values = [n.meta["val"] for n in emitted]
+        return [
+            *states,
+            *(initial[0].new_empty((steps, batch, *v.shape[1:]), dtype=v.dtype) for v in values),
+        ]
+
+    def __call__(
+        self, initial: Sequence[Tensor], inputs: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Run all steps; returns what :meth:`results` says."""
+        steps, first = inputs[0].shape[0], initial[0]
+        batch = first.shape[0]
+        results = self.results(initial, steps)
+        if not batch:
+            return results
+        read = []
+        for x, dim in zip(inputs, self._batch_dims[0], strict=True):
+            read.append((x.movedim(1 + dim, 1) if dim else x).contiguous())
+        read = [x[-1] if self._reverse else x for x in read]
+        for x, dim in zip(shared, self._batch_dims[1], strict=True):
+            read.append((x.movedim(dim, 0) if dim else x).contiguous())
+        read += [x.contiguous() for x in initial]
+        n, last = len(initial), self._reverse
+        written = [x[-1] if last and self.program.keep else x for x in results[:n]]
+        written += [x[-1] if last else x for x in results[n:]]
+        grid = (math.ceil(batch / self._rows),)
+        # Triton launches on the current device, whatever the tensors'.
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            self.kernel[grid](*read, *written, steps, batch, 0, num_warps=self._warps, num_stages=1)
+        return results
+
+
+def _batch_dim(shape: tuple[int, ...]) -> int:
+    return shape.index(ROWS) if ROWS in shape else 0

@@ -1,0 +1,106 @@
+"""Triton kernels of recurrences without a GPU: interpreted against torch, compiled for one, and refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from step_programs import STEP_CASES, of_library
+
+from hwbp_compile.errors import CannotRewrite
+from hwbp_compile.recurrent.step_triton import TritonRecurrence
+
+INTERPRETED = """
+import torch
+from compare import relative_error
+from step_programs import STEP_CASES, arguments, run_steps
+from hwbp_compile.recurrent.step_triton import TritonRecurrence
+# The interpreter knows no products of bfloat16; one row is multiplied in float32.
+PRECISIONS = [
+    (torch.float64, 1, 1e-11, 4, 5), (torch.float32, 16, 5e-6, 2, 17),
+    (torch.float32, 1, 5e-6, 1, 1), (torch.float16, 16, 1e-2, 3, 2), (torch.bfloat16, 1, 5e-2, 3, 2),
+]
+FEW = ("gru 6", "layer norm lstm", "block gru")
+for name, case in STEP_CASES.items():
+    for dtype, rows, tolerance, steps, batch in PRECISIONS if name in FEW else PRECISIONS[:2]:
+        if case.hidden > 100 and rows == 1:
+            continue
+        torch.manual_seed(0)
+        for program, reverse in case.programs(dtype):
+            kernel = TritonRecurrence(program, dtype, reverse=reverse, rows=rows)
+            given = arguments(program, steps, batch)
+            found = kernel(*given)
+            expected = run_steps(program, given, batch, reverse=reverse)
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == b.dtype and a.shape == b.shape, (name, dtype)
+                error = relative_error([a.double()], [b.double()])
+                assert error <= tolerance, (name, dtype, rows, reverse, steps, batch, error)
+print("done")
+"""
+
+COMPILED = """
+import torch, triton
+from step_programs import of_library, STEP_CASES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hwbp_compile.recurrent.step_triton import TritonRecurrence
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64", "bool": "i1", "int64": "i64"}
+cases = [("gru 6", STEP_CASES["gru 6"], torch.float64), ("s lstm", STEP_CASES["s lstm"], torch.float32),
+         ("gru 64", of_library("gru", 64), torch.float32),
+         ("lstm 128", of_library("lstm", 128), torch.bfloat16),
+         ("block gru", STEP_CASES["block gru"], torch.bfloat16)]
+for name, case, dtype in cases:
+    for program, reverse in case.programs(dtype):
+        kernel = TritonRecurrence(program, dtype, reverse=reverse).kernel
+        nodes = [*program.inputs, *program.shared, *program.carry, *program.carry, *program.results[1]]
+        signature = {a: "*" + TYPES[str(n.meta["val"].dtype)[6:]] for a, n in zip(kernel.arg_names, nodes)}
+        signature.update(dict.fromkeys(kernel.arg_names[len(nodes):], "i32"))
+        source = ASTSource(fn=kernel, signature=signature)
+        options = dict(num_warps=8, num_stages=1)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"], name
+print("done")
+"""
+
+
+@pytest.mark.parametrize("script", [INTERPRETED, COMPILED], ids=["interpreted", "compiled"])
+def test_kernels(script: str, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("triton", minversion="3.9", reason="Triton's interpreter needs 3.9 for today's NumPy")
+    if "compiled" in request.node.name:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    else:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.path.dirname(__file__)
+    # Triton decides at import whether it interprets.
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "done", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "reason"),
+    [
+        (600, torch.float32, "too large"),
+        (160, torch.float64, "float64"),
+        (6, torch.complex64, "no kernel for"),
+    ],
+)
+def test_what_has_no_kernel(hidden: int, dtype: torch.dtype, reason: str) -> None:
+    program, _ = next(of_library("gru", hidden).programs(torch.float32))
+    with pytest.raises(CannotRewrite, match=reason):
+        TritonRecurrence(program, dtype, reverse=False)
+
+
+def test_a_product_with_one_column_goes_to_no_matrix_unit() -> None:
+    program, _ = next(of_library("rnn_tanh", 1).programs(torch.float32))
+    with pytest.raises(CannotRewrite, match="single column"):
+        TritonRecurrence(program, torch.float32, reverse=False, rows=16)
+
+
+def test_a_value_is_cut_where_it_is_taken_apart() -> None:
+    program, _ = next(STEP_CASES["gru 16"].programs(torch.float32))
+    source = TritonRecurrence(program, torch.float32, reverse=False).source
+    # Three gates, each a product of its own, and no copy between them.
+    assert source.count("tl.sum(k_") == 3
