@@ -100,3 +100,29 @@ def test_k_is_chosen_from_records_that_nothing_waited_for() -> None:
         torch.cuda.synchronize()
     assert {s.iterations for s in monitor(m).history[-4:]} <= {1, 2, 3, 4}
     assert not monitor(m).history[-1].watched
+
+
+def test_a_step_in_a_cuda_graph() -> None:
+    torch.manual_seed(0)
+    m = model().cuda()
+    c = compiled(m, apply="always", iterations=2)
+    x = torch.randn(5, 4, dtype=torch.float64, device="cuda")
+
+    def step() -> None:
+        m.zero_grad()
+        c(x).square().sum().backward()
+
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+        expected = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+        m.zero_grad()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    found = [p.grad for p in m.parameters() if p.grad is not None]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative_error(found, expected) <= 1e-10
