@@ -6,23 +6,18 @@ python benchmarks/figures.py --paper paper.jsonl --curves curves.jsonl --folder 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from json_lines import read_lines
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = 3
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """JSON, a value a line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @contextmanager
@@ -78,9 +73,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path())
     arguments = parser.parse_args()
     if arguments.paper:
-        draw_paper(lines(arguments.paper), arguments.folder / "paper.png")
+        draw_paper(read_lines(arguments.paper), arguments.folder / "paper.png")
     if arguments.curves:
-        draw_curves(lines(arguments.curves), arguments.folder / "curves.png")
+        draw_curves(read_lines(arguments.curves), arguments.folder / "curves.png")
 
 
 if __name__ == "__main__":
