@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Step, measure, memory_of, parser, set_up, smallest_cosine
+from measuring import PRECISIONS, Step, measure, memory_of, parser, set_up, smallest_cosine, use_precision
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
@@ -65,15 +65,12 @@ def in_python(step: Callable[..., Any], h: Tensor, inputs: Tensor) -> tuple[Tens
 def main() -> None:
     add = (made := parser(__doc__, repeats=15)).add_argument
     add("--kind", choices=["gru", "lstm"], default="gru")
-    add("--precision", choices=["float32", "tf32", "bfloat16"], default="float32")
+    add("--precision", choices=PRECISIONS, default="float32")
     add("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
     add("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
     arguments = made.parse_args()
     set_up(arguments)
-    if arguments.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-    dtype = torch.bfloat16 if arguments.precision == "bfloat16" else torch.float32
+    dtype = use_precision(arguments.precision)
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     print(f"{arguments.kind}, {arguments.precision}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
