@@ -40,17 +40,17 @@ class Worker:
                 raise TimeoutError
             return self._connection.recv()
         except OSError as error:  # TimeoutError is one, and so is a broken pipe
-            self.stop()
+            self.stop(patience=0)
             raise error if isinstance(error, TimeoutError) else EOFError from None
         except EOFError:
-            self.stop()
+            self.stop(patience=0)
             raise
 
-    def stop(self) -> None:
-        """End the process: without a connection it ends itself, unless it is at work."""
+    def stop(self, patience: float) -> None:
+        """End the process: without a connection it ends by itself, if it is not at work."""
         if self._process is not None:
             self._connection.close()
-            self._process.join(2)
+            self._process.join(patience)
             self._process.kill()
             self._process.join()
             self._process = None
@@ -100,4 +100,4 @@ def run_jobs(
                 yield futures[future], future.exception() or future.result()
     finally:
         for worker in workers:
-            worker.stop()
+            worker.stop(patience=5)
