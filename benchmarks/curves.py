@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from json_lines import add_line
 from paper import loss_of, validate
 from paper_tasks import PaperTask, tasks
 from torch import nn
@@ -111,8 +111,7 @@ def main() -> None:
         show(name, curves)
         if arguments.save:
             kept = {setting: [curve.clock(), curve.losses] for setting, curve in curves.items()}
-            with arguments.save.open("a") as file:
-                print(json.dumps({"model": name, "curves": kept}), file=file)
+            add_line(arguments.save, {"model": name, "curves": kept})
 
 
 def show(name: str, curves: dict[str, Curve]) -> None:

@@ -3,133 +3,286 @@
 For each row of the grid, in its own process: milliseconds of the forward and the backward pass and of the
 whole step with AdamW (fused), the smallest cosine of a parameter's gradient to the exact one, seconds to
 compile with empty and with filled caches, and by how much a step raises the memory in use. Beside it the
-floor: the FLOPs of an exact step and the bytes of the weights.
+floor: the FLOPs of an exact step, the bytes of the weights, and the products one after the other in a
+backward pass, exact and iterated.
 
     OMP_NUM_THREADS=2 python benchmarks/depth.py --threads 2 --only mlp
+
+Compilation takes longer than what is measured. So it can be done before, in parallel, into a folder that the
+measurement reads; one process measures, and with ``--jobs`` others load what is next. On CUDA,
+``--cuda-graphs`` adds the whole step in a CUDA graph.
+
+    python benchmarks/depth.py --device cuda --cache FOLDER --prepare
+    python benchmarks/depth.py --device cuda --cache FOLDER --cuda-graphs --save depth.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import fcntl
+import gc
+import math
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from depth_case import ALL, CHOSEN, GRIDS, Case, K, caches_in, compile_seconds
 from depth_models import FAMILIES, Row
-from measuring import Step, measure_parts, memory_of, parser, set_up, smallest_cosine
-from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
-from torch.utils.flop_counter import FlopCounterMode
+from json_lines import add_line, read_lines
+from measuring import (
+    PRECISIONS,
+    Replay,
+    Step,
+    measure,
+    measure_parts,
+    memory_of,
+    parser,
+    set_limits,
+    set_up,
+    smallest_cosine,
+)
+from torch import Tensor
+from workers import run_jobs
 
-import hwbp_compile
-
-GRID = [
-    Row("mlp", 32, 64, 4),
-    Row("mlp", 64, 64, 1),
-    Row("mlp", 32, 128, 8),
-    Row("mlp", 32, 256, 4),
-    Row("pre-norm", 12, 64, 1, 16),
-    Row("pre-norm", 24, 64, 1, 16),
-    Row("pre-norm", 12, 128, 4, 64),
-    Row("post-norm", 12, 64, 1, 16),
-    Row("post-norm", 12, 128, 4, 64),
-    Row("mixer", 12, 64, 1, 16),
-    Row("mixer", 24, 128, 4, 16),
-    Row("resnet", 110, 16, 1, 32),
-]
-ITERATED: dict[str, dict[str, Any]] = {f"k = {k}": {"iterations": k, "apply": "always"} for k in (0, 1, 2, 4)}
-SETTINGS = ITERATED | {"auto": {}}
-STACKED = {
-    f"stacked, {name}": options for name, options in ({"exact": {"apply": "never"}} | ITERATED).items()
-}
-"""With parameters in stacks; exact is Inductor's, apart from the gradients of rows."""
-ALL = {"inductor": None, **SETTINGS, **STACKED}
+PRODUCTS = "products"
+"""Beside the settings, what is prepared of a row."""
+NOTES = "prepared.jsonl"
+"""In the folder: what is prepared."""
 
 
-def measure_row(row: Row, arguments: argparse.Namespace) -> None:
-    """Print the block of one model."""
-    torch.manual_seed(0)
-    model, x = FAMILIES[row.family](row)
-    model, x = model.to(arguments.device), x.to(arguments.device)
-    direction = torch.randn_like(model(x))
-    with FlopCounterMode(display=False) as counter:
-        (model(x) * direction).sum().backward()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"\n{row}: {counter.get_total_flops() / 1e6:.1f} MFLOP, weights {weights / 1e6:.2f} MB")
-    names = [n for n in ALL if not arguments.settings or n in arguments.settings]
-    steps, seconds = {}, {name: [0.0, 0.0] for name in names}
+def measure_row(
+    row: Row, arguments: argparse.Namespace, names: Sequence[str], known: Mapping[str, Any]
+) -> None:
+    """Print the block of one model, and keep it; ``known`` is what was prepared."""
+    torch._dynamo.reset()
+    gc.collect()
+    case = Case(row, arguments)
+    products = known.get(PRODUCTS) if arguments.cache else case.products()
+    steps, seconds = {}, {name: [known.get(name, 0.0), 0.0] for name in names}
     with contextlib.ExitStack() as stack:
-        folders = {name: stack.enter_context(TemporaryDirectory()) for name in names}
+        folders = {n: arguments.cache or stack.enter_context(TemporaryDirectory()) for n in names}
         for again in (0, 1) if arguments.compile_time else (1,):
             torch._dynamo.reset()
             for name in names:
-                module = copy.deepcopy(model)
-                if name in STACKED:
-                    hwbp_compile.stack_parameters(module)
-                optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
-                backend = "inductor" if name == "inductor" else "highway"
-                compiled = torch.compile(module, backend=backend, options=ALL[name], dynamic=False)
-                steps[name] = Step(module, compiled, x, direction, optimizer)
-                with fresh_cache(dir=folders[name], delete=False):
-                    start = time.perf_counter()
-                    steps[name]()
-                    seconds[name][again] = time.perf_counter() - start
-    for step in steps.values():
-        step.module.load_state_dict(model.state_dict())
-        step()
-    exact = gradients(steps[names[0]].module)
-    cosines = {name: smallest_cosine(gradients(step.module), exact) for name, step in steps.items()}
-    megabytes = {name: memory_of(step) for name, step in steps.items()}
+                steps[name] = case.step(name)
+                seconds[name][again] = compile_seconds(steps[name], folders[name])
+    exact = case.gradients(steps[names[0]], steps[names[0]])
+    kept: dict[str, dict[str, Any]] = {
+        name: {
+            "cosine": smallest_cosine(case.gradients(step, step), exact),
+            "compile": seconds[name],
+            "megabytes": memory_of(step),
+        }
+        for name, step in steps.items()
+    }
+    with alone(arguments.cache):
+        exact_products, iterated_products = products or ("?", "?")
+        print(
+            f"\n{row}: {case.flops / 1e6:.1f} MFLOP, weights {case.weights / 1e6:.2f} MB, "
+            f"products in sequence {exact_products}, {K}: {iterated_products}"
+        )
+        for name, parts in launched(steps, arguments.repeats).items():
+            kept[name] |= parts
+        show(kept)
+        if arguments.cuda_graphs:
+            for name, found in replayed(case, steps, exact, arguments.repeats).items():
+                kept[name] |= found
+        if arguments.save:
+            add_line(
+                arguments.save,
+                asdict(row)
+                | {"device": arguments.device, "precision": arguments.precision, "flops": case.flops}
+                | {"weights": case.weights, "products": products, "settings": kept},
+            )
+
+
+@contextlib.contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """One process at a time, of those with this folder."""
+    if folder is None:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def launched(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of the parts of steps."""
     for _ in range(3):
         for step in steps.values():
             step()
-    times = measure_parts(steps, arguments.repeats)
-    for name, (forward, backward, optimizer, whole) in times.items():
-        base = times[names[0]]
+    parts = "forward", "backward", "optimizer", "step"
+    return {name: dict(zip(parts, ms, strict=True)) for name, ms in measure_parts(steps, repeats).items()}
+
+
+def show(kept: Mapping[str, Mapping[str, Any]]) -> None:
+    base = next(iter(kept.values()))
+    for name, found in kept.items():
         print(
-            f"  {name:14} forward {forward:7.3f}  backward {backward:7.3f} ({base[1] / backward:5.2f}x)  "
-            f"optimizer {optimizer:7.3f}  step {whole:7.3f} ms ({base[3] / whole:5.2f}x)  "
-            f"cosine {cosines[name]:.4f}  compile {seconds[name][0]:5.1f} / {seconds[name][1]:5.1f} s  "
-            f"{megabytes[name]:6.1f} MB",
+            f"  {name:14} forward {found['forward']:7.3f}  "
+            f"backward {found['backward']:7.3f} ({base['backward'] / found['backward']:5.2f}x)  "
+            f"optimizer {found['optimizer']:7.3f}  "
+            f"step {found['step']:7.3f} ms ({base['step'] / found['step']:5.2f}x)  "
+            f"cosine {found['cosine']:.4f}  "
+            f"compile {found['compile'][0]:5.1f} / {found['compile'][1]:5.1f} s  "
+            f"{found['megabytes']:6.1f} MB",
             flush=True,
         )
 
 
-def gradients(module: nn.Module) -> list[Tensor]:
-    """By the names that the parameters have without stacks."""
-    plain = copy.deepcopy(module)
-    for own, p in zip(plain.parameters(), module.parameters(), strict=True):
-        own.grad = p.grad
-    hwbp_compile.unstack_parameters(plain)
-    return [p.grad.clone() for _, p in sorted(plain.named_parameters()) if p.grad is not None]
+def replayed(
+    case: Case, steps: Mapping[str, Step], exact: Sequence[Tensor], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Print and return what the steps take in CUDA graphs, of those that can be captured."""
+    made: dict[str, Replay] = {}
+    for name, step in steps.items():
+        try:
+            made[name] = Replay(step)
+        except Exception as error:
+            while error.__context__ is not None:  # what ended the capture, not that it could not be ended
+                error = error.__context__
+            print(f"  {name:14} not capturable: {str(error).partition(chr(10))[0]}", flush=True)
+    cosines = {n: smallest_cosine(case.gradients(steps[n], replay), exact) for n, replay in made.items()}
+    times = measure(made, repeats)
+    base = times.get(next(iter(steps)), math.nan)
+    for name, ms in times.items():
+        figures = f"step {ms:7.3f} ms ({base / ms:5.2f}x)  cosine {cosines[name]:.4f}"
+        print(f"  {name:14} in a CUDA graph: {figures}", flush=True)
+    return {name: {"replay": ms, "replay_cosine": cosines[name]} for name, ms in times.items()}
+
+
+def measure_prepared(arguments: argparse.Namespace, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Measure what the folder has of these rows; others load what is next while one process measures."""
+    there = [row for row in rows if names[0] in prepared(arguments, row)]
+    missing = {row: "not prepared" for row in rows if row not in there}
+    one = partial(measure_one, arguments, names)
+    for row, failure in run_jobs(one, there, arguments.jobs or 1, arguments.patience, arguments.seconds):
+        if failure is not None:
+            missing[row] = reason(failure)
+    for row, why in missing.items():
+        print(f"left out, {why}: {row}")
+
+
+def reason(failure: BaseException) -> str:
+    """Why a job has no result."""
+    return "no time" if isinstance(failure, TimeoutError) else "failed"
+
+
+def measure_one(arguments: argparse.Namespace, names: Sequence[str], row: Row) -> None:
+    """In a process of its own."""
+    begin(arguments)
+    known = prepared(arguments, row)
+    measure_row(row, arguments, [name for name in names if name in known], known)
+
+
+def begin(arguments: argparse.Namespace) -> None:
+    """Settle what a whole process measures with."""
+    set_limits(arguments)
+    if arguments.cuda_graphs and torch.cuda.current_stream() == torch.cuda.default_stream():
+        torch.cuda.set_stream(torch.cuda.Stream())  # what is captured must never have run on the default one
+
+
+def prepare(arguments: argparse.Namespace, jobs: Sequence[tuple[Row, str]]) -> None:
+    """Do these jobs in parallel, and note in the folder what is done."""
+    start, missing = time.perf_counter(), 0
+    one, count = partial(prepare_one, arguments), arguments.jobs or os.cpu_count() or 1
+    for (row, what), value in run_jobs(one, jobs, count, arguments.patience, arguments.seconds):
+        failed = isinstance(value, BaseException)
+        missing += failed
+        said = reason(value) if failed else value if what == PRODUCTS else f"{value:.1f} s"
+        print(f"{time.perf_counter() - start:6.1f} s  {row}, {what}: {said}", flush=True)
+        if not failed:
+            note = {"row": str(row), "what": what, "precision": arguments.precision, "value": value}
+            add_line(arguments.cache / NOTES, note)
+    print(f"{len(jobs) - missing} of {len(jobs)} in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def prepare_one(arguments: argparse.Namespace, job: tuple[Row, str]) -> Any:
+    """In a process of its own: the seconds that a setting takes to compile, or a row's products."""
+    row, what = job
+    begin(arguments)
+    torch._dynamo.reset()
+    case = Case(row, arguments)
+    if what == PRODUCTS:
+        return case.products()
+    step = case.step(what)
+    with caches_in(arguments.cache):
+        seconds = compile_seconds(step, arguments.cache)
+        step()  # with k chosen, it takes another program
+    return seconds
+
+
+def prepared(arguments: argparse.Namespace, row: Row) -> dict[str, Any]:
+    """What the folder has of a row: seconds of each setting, and the products."""
+    notes = arguments.cache / NOTES if arguments.cache else None
+    mine = str(row), arguments.precision
+    found = read_lines(notes) if notes and notes.exists() else []
+    return {each["what"]: each["value"] for each in found if (each["row"], each["precision"]) == mine}
+
+
+def arguments_of_command() -> argparse.Namespace:
+    made = parser(__doc__, threads=2, repeats=50)
+    add = made.add_argument
+    add("--precision", choices=PRECISIONS, default="float32")
+    add("--grid", choices=list(GRIDS), help="by default that of the device")
+    add("--only", choices=list(FAMILIES), action="append", help="of the grid only these")
+    add("--row", nargs=5, metavar=("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE"), action="append")
+    add("--settings", nargs="*", choices=list(ALL), help="the first is what the others are compared with")
+    add("--compile-time", action="store_true", help="compile with empty caches first")
+    add("--cuda-graphs", action="store_true", help="also the whole step in a CUDA graph")
+    add("--seconds", type=float, default=math.inf, help="leave out what takes longer than so many")
+    add("--save", type=Path, metavar="FILE", help="append the results as JSON, a line a row")
+    add("--cache", type=Path, metavar="FOLDER", help="measure what --prepare has compiled into it")
+    add("--prepare", action="store_true", help="only compile, into the folder of --cache")
+    add("--jobs", type=int, help="with --cache: processes; one by default, to prepare one per core")
+    add("--patience", type=float, default=180, help="with --cache: seconds of one row, or setting to prepare")
+    add("--one", type=int, help=argparse.SUPPRESS)
+    arguments = made.parse_args()
+    if arguments.prepare and not arguments.cache:
+        made.error("--prepare needs --cache")
+    if arguments.cuda_graphs and arguments.device != "cuda":
+        made.error("--cuda-graphs needs --device cuda")
+    return arguments
 
 
 def main() -> None:
-    made = parser(__doc__, threads=2, repeats=50)
-    made.add_argument("--only", choices=list(FAMILIES), action="append", help="of the grid only these")
-    made.add_argument("--settings", nargs="*", help="some of: inductor, " + ", ".join(ALL))
-    made.add_argument("--row", nargs=5, metavar=("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE"))
-    made.add_argument("--compile-time", action="store_true", help="compile with empty caches first")
-    made.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    arguments = made.parse_args()
-    if arguments.row or arguments.one is not None:
-        if arguments.row:
-            set_up(arguments)
-            row = Row(arguments.row[0], *map(int, arguments.row[1:]))
-        else:
-            torch.set_num_threads(arguments.threads)
-            row = GRID[arguments.one]
-        measure_row(row, arguments)
+    start = time.perf_counter()
+    arguments = arguments_of_command()
+    grid = arguments.grid or arguments.device
+    rows = [Row(family, *map(int, sizes)) for family, *sizes in arguments.row or ()] or [
+        row for row in GRIDS[grid] if not arguments.only or row.family in arguments.only
+    ]
+    names = arguments.settings or CHOSEN[grid]
+    if arguments.cache:  # the processes have no pools of processes of their own
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if arguments.prepare:
+        arguments.cache.mkdir(parents=True, exist_ok=True)
+        jobs = [(row, name) for row in rows for name in names] + [(row, PRODUCTS) for row in rows]
+        prepare(arguments, [job for job in jobs if job[1] not in prepared(arguments, job[0])])
+        return
+    if arguments.one is not None:
+        begin(arguments)
+        measure_row(rows[arguments.one], arguments, names, {})
         return
     set_up(arguments)
-    for i, row in enumerate(GRID):
-        if not arguments.only or row.family in arguments.only:
+    print(arguments.precision, flush=True)
+    if arguments.cache:
+        measure_prepared(arguments, rows, names)
+        return
+    for i, row in enumerate(rows):
+        if time.perf_counter() - start > arguments.seconds:
+            print(f"left out, no time: {row}", flush=True)
+        else:
             subprocess.run([sys.executable, Path(__file__), *sys.argv[1:], "--one", str(i)], check=False)
 
 

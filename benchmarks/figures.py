@@ -1,28 +1,24 @@
-"""Draw what paper.py and curves.py kept: final losses against k, and losses against wall time.
+"""Draw what benchmarks kept: final losses against k, losses against wall time, and how much faster steps are.
 
-python benchmarks/figures.py --paper paper.jsonl --curves curves.jsonl --folder benchmarks
+python benchmarks/figures.py --paper paper.jsonl --curves curves.jsonl --depth depth.jsonl --folder benchmarks
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from json_lines import read_lines
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 COLUMNS = 3
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """JSON, a value a line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @contextmanager
@@ -71,16 +67,46 @@ def draw_curves(found: list[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
 
 
+def draw_depth(found: list[dict[str, Any]], path: Path) -> None:
+    """How many times as fast as Inductor's a step is, of each model; dashed, where both are CUDA graphs."""
+    families = list(dict.fromkeys(row["family"] for row in found))
+    with page(len(families), path) as axes:
+        for axis, family in zip(axes, families, strict=True):
+            rows = [row for row in found if row["family"] == family]
+            rows.sort(key=lambda row: [row[size] for size in ("width", "batch", "sequence", "depth")])
+            names = dict.fromkeys(name for row in rows for name in row["settings"])
+            for i, name in enumerate(names):
+                for what, line in (("step", "o-"), ("replay", "^--")):
+                    ratios = [ratio(row["settings"], name, what) for row in rows]
+                    label = name if what == "step" else f"{name}, CUDA graph"
+                    if i and not all(map(math.isnan, ratios)):
+                        axis.plot(ratios, line, color=f"C{i}", label=label)
+            axis.axhline(1, color="black", linewidth=1)
+            labels = [f"d {row['width']}, B {row['batch']}\nL {row['depth']}" for row in rows]
+            axis.set_xticks(range(len(rows)), labels, fontsize="x-small")
+            axis.set(title=family, ylabel="speedup of a step")
+            axis.grid(alpha=0.3)
+
+
+def ratio(settings: dict[str, dict[str, Any]], name: str, what: str) -> float:
+    """Of the times of the first setting and of this one; nan where one is missing."""
+    base = next(iter(settings.values())).get(what, math.nan)
+    return base / settings.get(name, {}).get(what, math.nan)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--paper", type=Path, metavar="FILE")
     parser.add_argument("--curves", type=Path, metavar="FILE")
+    parser.add_argument("--depth", type=Path, metavar="FILE")
     parser.add_argument("--folder", type=Path, default=Path())
     arguments = parser.parse_args()
     if arguments.paper:
-        draw_paper(lines(arguments.paper), arguments.folder / "paper.png")
+        draw_paper(read_lines(arguments.paper), arguments.folder / "paper.png")
     if arguments.curves:
-        draw_curves(lines(arguments.curves), arguments.folder / "curves.png")
+        draw_curves(read_lines(arguments.curves), arguments.folder / "curves.png")
+    if arguments.depth:
+        draw_depth(read_lines(arguments.depth), arguments.folder / "depth.png")
 
 
 if __name__ == "__main__":

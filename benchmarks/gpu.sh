@@ -17,3 +17,7 @@ done
 "$python" benchmarks/decision.py --device cuda --repeats 5
 "$python" benchmarks/custom_cell.py --device cuda
 "$python" benchmarks/custom_cell.py --device cuda --shape 4096 16 64 64
+cache=$(mktemp -d)
+"$python" benchmarks/depth.py --device cuda --cache "$cache" --prepare
+"$python" benchmarks/depth.py --device cuda --cache "$cache" --jobs 4 --cuda-graphs --save depth.jsonl
+rm -r "$cache"

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,48 @@ class Step:
 
     def parts(self) -> tuple[float, ...]:
         """Seconds of the forward pass, the backward pass, the optimizer, and all of them."""
+        clock = [now(self.device) for _ in self.stages()]
+        return *(b - a for a, b in pairwise(clock)), clock[-1] - clock[0]
+
+    def stages(self) -> Iterator[None]:
+        """Do a step; stops where it begins and after each of its parts."""
         for p in self.module.parameters():
             p.grad = None
-        clock = [now(self.device)]
+        yield
         y = self.forward(*self.inputs)
         loss = ((y if isinstance(y, Tensor) else y[0]) * self.direction).sum()
-        clock.append(now(self.device))
+        yield
         loss.backward()
-        clock.append(now(self.device))
+        yield
         if self.optimizer is not None:
             self.optimizer.step()
-        clock.append(now(self.device))
-        return *(b - a for a, b in pairwise(clock)), clock[-1] - clock[0]
+        yield
+
+
+class Replay:
+    """A whole step in a CUDA graph, captured when this is made: one call of Python's launches all of it.
+
+    The current stream must not be the default one, and all that the step did before was done on it.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.device, self._graph = step.device, torch.cuda.CUDAGraph()
+        if step.optimizer is not None:
+            for group in step.optimizer.param_groups:
+                group["capturable"] = True
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+            for _ in step.stages():
+                pass
+
+    def __call__(self) -> None:
+        """All work is done when this returns; the gradients are on the parameters."""
+        self.parts()
+
+    def parts(self) -> tuple[float, ...]:
+        """Seconds of the step."""
+        start = now(self.device)
+        self._graph.replay()
+        return (now(self.device) - start,)
 
 
 def now(device: torch.device) -> float:
@@ -73,13 +103,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
+def measure(steps: Mapping[str, Step | Replay], repeats: int) -> dict[str, float]:
     """Median milliseconds of each, one after the other in turns."""
     return {name: parts[-1] for name, parts in measure_parts(steps, repeats).items()}
 
 
-def measure_parts(steps: Mapping[str, Step], repeats: int) -> dict[str, tuple[float, ...]]:
-    """Median milliseconds of :meth:`Step.parts` of each, one after the other in turns."""
+def measure_parts(steps: Mapping[str, Step | Replay], repeats: int) -> dict[str, tuple[float, ...]]:
+    """Median milliseconds of the parts of each, one after the other in turns."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -128,10 +158,27 @@ def parser(doc: str | None, threads: int = 1, repeats: int = 7) -> argparse.Argu
     return made
 
 
-def set_up(arguments: argparse.Namespace) -> None:
-    """Use so many threads, and say where and with what the figures are made."""
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+
+
+def use_precision(name: str) -> torch.dtype:
+    """Compute in one of :data:`PRECISIONS` from now on; the dtype of a model and its inputs."""
+    if name == "tf32":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    narrow = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return narrow.get(name, torch.float32)
+
+
+def set_limits(arguments: argparse.Namespace) -> None:
+    """Use so many threads, and compile for as many settings as there are."""
     torch.set_num_threads(arguments.threads)
     torch._dynamo.config.recompile_limit = 50  # one compiled version of a module per setting
+
+
+def set_up(arguments: argparse.Namespace) -> None:
+    """Set the limits, and say where and with what the figures are made."""
+    set_limits(arguments)
     cuda = arguments.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"{arguments.threads} of them used"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {where}, torch {torch.__version__}", flush=True)

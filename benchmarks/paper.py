@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from json_lines import add_line
 from paper_tasks import Data, PaperTask, tasks
 from torch import Tensor, nn
 
@@ -129,8 +129,7 @@ def main() -> None:
             print(f"  {label:20}{line(outcomes)}  ({time.perf_counter() - start:.0f} s)", flush=True)
             if arguments.save:
                 kept = {"model": name, "setting": label, "loss": spread([o.loss for o in outcomes])}
-                with arguments.save.open("a") as file:
-                    print(json.dumps(kept), file=file)
+                add_line(arguments.save, kept)
 
 
 def spread(values: list[float]) -> tuple[float, float]:

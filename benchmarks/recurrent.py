@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Step, measure, memory_of, parser, set_up, smallest_cosine
+from measuring import PRECISIONS, Step, measure, memory_of, parser, set_up, smallest_cosine, use_precision
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
@@ -81,23 +81,19 @@ class ThreeGRUs(nn.Module):
 
 
 KINDS: dict[str, Callable[[int, int], nn.Module]] = {"gru": nn.GRU, "lstm": nn.LSTM, "3-gru": ThreeGRUs}
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> None:
     add = (made := parser(__doc__, repeats=15)).add_argument
     add("--kind", choices=list(KINDS), default="gru")
-    add("--precision", choices=["float32", "tf32", *PRECISIONS], default="float32")
+    add("--precision", choices=PRECISIONS, default="float32")
     add("--settings", nargs="*", help="some of: " + ", ".join(SETTINGS))
     add("--compile-only", action="store_true")
     add("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
     add("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
     arguments = made.parse_args()
     set_up(arguments)
-    if arguments.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-    dtype = PRECISIONS.get(arguments.precision, torch.float32)
+    dtype = use_precision(arguments.precision)
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     print(f"{arguments.kind}, {arguments.precision}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:

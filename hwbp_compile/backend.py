@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ class HighwayPass:
             "hwbp_compile",
             _source_hash(),
             torch.__version__,
-            str(self.options),
+            str(replace(self.options, given=frozenset())),
+            tuple(sorted(self.options.given)),  # a set's own order differs between processes
             self.keeps_records,
         )
 

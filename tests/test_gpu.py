@@ -198,3 +198,29 @@ def test_a_wide_cell_runs_in_a_loop() -> None:
     assert relative_error(found, expected) <= 1e-10
     (record,) = explain(model, x, options=options).chains
     assert "kernel" in str(record)
+
+
+def test_a_step_in_a_cuda_graph() -> None:
+    torch.manual_seed(0)
+    m = model().cuda()
+    c = compiled(m, apply="always", iterations=2)
+    x = torch.randn(5, 4, dtype=torch.float64, device="cuda")
+
+    def step() -> None:
+        m.zero_grad()
+        c(x).square().sum().backward()
+
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+        expected = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+        m.zero_grad()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    found = [p.grad for p in m.parameters() if p.grad is not None]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert relative_error(found, expected) <= 1e-10

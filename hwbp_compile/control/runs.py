@@ -79,9 +79,10 @@ class Entry:
     def send(self) -> None:
         """Have the records come to the host, which does not wait for them.
 
-        Again if there were none yet: the backward pass may come after other forward passes.
+        Again if there were none yet: the backward pass may come after other forward passes. Not while a CUDA
+        graph is captured, in which the copy would stay, and during which events must not be asked.
         """
-        if self._records.device.type != "cuda" or self.is_here:
+        if self._records.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or self.is_here:
             return
         if self._event is None or self._event.query():
             self._host = torch.empty(self._records.shape, pin_memory=True)
