@@ -18,8 +18,9 @@ kernel = triton.kernel()
 tolerances = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 torch.manual_seed(0)
 for dtype, tolerance in tolerances.items():
-    # Less than a tile, several, a whole number of them; one column, more than a program's.
-    for rows, columns in ((1, 1), (3, 20), (64, 16), (150, 5)):
+    # Less than a tile, several, a whole number of them, so many that all are worked on at once; one column,
+    # more than a program's.
+    for rows, columns in ((1, 1), (3, 20), (64, 16), (150, 5), *([(520, 2)] * (dtype == torch.float32))):
         for scalar in (False, True):
             for reverse in (False, True):
                 v = torch.randn(2 * rows, columns).to(dtype)[::2]
@@ -30,9 +31,10 @@ for dtype, tolerance in tolerances.items():
                     assert found.dtype == dtype and found.is_contiguous()
                     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 # The products of coefficients overflow, what they multiply is zero.
-v, a = torch.zeros(130, 3), torch.full((130, 3), 8.0)
-v[-1] = 1
-torch.testing.assert_close(kernel(v, a, None, False), linear_scan_naive(v, a))
+for rows in (130, 640):
+    v, a = torch.zeros(rows, 3), torch.full((rows, 3), 8.0)
+    v[-1] = 1
+    torch.testing.assert_close(kernel(v, a, None, False), linear_scan_naive(v, a))
 print("done")
 """
 
@@ -41,15 +43,19 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hwbp_compile.scan.triton import kernel
-(walk,) = [c.cell_contents for c in kernel().__closure__ if isinstance(c.cell_contents, triton.JITFunction)]
+kernels = [c.cell_contents for c in kernel().__closure__ if isinstance(c.cell_contents, triton.JITFunction)]
+assert len(kernels) == 2
 for element, wide in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
     for uniform in (True, False):
-        constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=True, WIDE=wide, TILE=64, COLUMNS=16)
-        signature = {n: "constexpr" if n in constants else "i32" for n in walk.arg_names}
-        signature.update(dict.fromkeys(("v", "a", "initial", "u"), "*" + element))
-        places = {(walk.arg_names.index(n),): value for n, value in constants.items()}
-        source = ASTSource(fn=walk, signature=signature, constexprs=places)
-        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+        for each in kernels:
+            constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=True, WIDE=wide, TILE=64, COLUMNS=16)
+            constants = {n: c for n, c in constants.items() if n in each.arg_names}
+            signature = {n: "constexpr" if n in constants else "i32" for n in each.arg_names}
+            pointers = {n for n in ("v", "a", "initial", "u", "products", "totals") if n in signature}
+            signature.update(dict.fromkeys(pointers, "*" + element))
+            places = {(each.arg_names.index(n),): value for n, value in constants.items()}
+            source = ASTSource(fn=each, signature=signature, constexprs=places)
+            assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 print("done")
 """
 
