@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -595,6 +596,27 @@ def load_cpp_kernel(argument_types: Sequence[str], source: str) -> Callable[...,
 
     loaded: Callable[..., None] = CppPythonBindingsCodeCache.load_pybinding(list(argument_types), source)
     return loaded
+
+
+def cache_folder() -> Path | None:
+    """Where torch's compiler keeps its caches; None where it is to keep none."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return None if config.force_disable_caches else Path(cache_dir())
+
+
+def file_lock(path: Path, timeout: float) -> Any:
+    """A lock between processes, not held yet. To acquire it raises TimeoutError after so many seconds."""
+    from torch.utils._filelock import FileLock
+
+    return FileLock(str(path), timeout=timeout)
+
+
+def precision_of_products() -> str:
+    """What float32 matrices are multiplied in, as far as the user chose."""
+    backends: Any = torch.backends
+    return f"{backends.cuda.matmul.fp32_precision}, {backends.mkldnn.matmul.fp32_precision}"
 
 
 def inductor_options() -> dict[str, Any]:
