@@ -58,7 +58,7 @@ def _common(threads: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for exponent in range(4, 11):
         side = 1 << exponent
         sizes = {"rows": side, "inner": side, "columns": side}
-        yield "product_rate", sizes | {"dtype": "float32", "threads": threads, "batch": 1}
+        yield "product_rate", sizes | {"dtype": "float32", "threads": threads, "batch": 1, "turns": 1}
 
 
 def _in_use(device: torch.device, threads: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,8 @@ except ImportError:  # on Windows
 
 BUDGET = 2e9
 """Floating-point operations of one measurement."""
+_ROOM = 1 << 26
+"""Bytes of all tensors of one measurement."""
 _LONG_ENOUGH = 2e-2
 """Seconds after which a measurement is not repeated any more."""
 _PATIENCE = 0.1
@@ -37,10 +39,14 @@ def product_rate(
     device: torch.device,
     threads: int,
     batch: int = 1,
+    turns: int = 1,
 ) -> Found:
     """FLOPs a second of ``[batch, rows, inner] @ [batch, inner, columns]``, on a part if that is large.
 
-    Without ``batch``, of matrices.
+    Args:
+        batch: 1 for matrices.
+        turns: so many products of these sizes follow one another, each of other tensors. Where these are more
+            than a cache holds, they have to come from memory.
     """
     share = min(1.0, BUDGET / (2 * batch * rows * inner * columns))
     if batch > 1:
@@ -50,9 +56,18 @@ def product_rate(
     else:
         inner = max(int(inner * share), 1)
     many = (batch,) if batch > 1 else ()
-    a = torch.full((*many, rows, inner), 0.01, dtype=dtype, device=device)
-    b = torch.full((*many, inner, columns), 0.01, dtype=dtype, device=device)
-    return _per_second(2 * batch * rows * inner * columns, best(lambda: a @ b, device))
+    size = batch * (rows * inner + inner * columns + rows * columns) * dtype.itemsize
+    turns = max(min(turns, _ROOM // size), 1)
+    pairs = [
+        (
+            torch.full((*many, rows, inner), 0.01, dtype=dtype, device=device),
+            torch.full((*many, inner, columns), 0.01, dtype=dtype, device=device),
+        )
+        for _ in range(turns)
+    ]
+    return _per_second(
+        turns * 2 * batch * rows * inner * columns, best(lambda: [a @ b for a, b in pairs], device)
+    )
 
 
 @Rate

@@ -215,7 +215,7 @@ def test_calibrate(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert main(["calibrate", "--threads", "1"]) == 0
     text = capsys.readouterr().out
     assert f"1 thread; kept in {known_of(CPU).path}" in text
-    assert "rows 3, inner 5, columns 7, dtype float64, batch 1" in text
+    assert "rows 3, inner 5, columns 7, dtype float64, batch 1, turns 1" in text
 
 
 def test_calibrate_refuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +11,16 @@ from torch.fx import Graph, Node
 from .. import _compat
 from ..rates import bandwidth, operator_seconds, product_rate
 from .emit import Schedule
-from .views import concatenated, row_of, views_of
+from .views import concatenated, is_view, row_of, views_of
 from .work import Work, work_of
 
-_ENOUGH = 0.6
-"""The share of the exact backward pass's time that an approximate one may be expected to take at most.
-
-Measured against predictions, iterated passes gain less than expected, by up to a third.
-"""
-_CALL = 5
-"""A call from generated code, which also makes and checks its tensors, in calls of a small operator."""
-_TENSOR = 1.3
-"""A tensor that a backward pass is given or returns, in calls of a small operator."""
+_ENOUGH = 0.85
+"""The share of the exact backward pass's time that an approximate one may be expected to take at most."""
+_KERNEL, _PRODUCT = 2.0, 1.0
+"""A call from generated code, of a kernel or in addition to a product, in calls of a small operator."""
+_READ, _RETURNED, _COPIED = 1.1, 2.5, 3.0
+"""A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, and a
+parameter that is copied into a stack, in calls of a small operator."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
     exact = work_of(backward)
     rest = work_of(
         [n for n in backward if n in live],
-        lambda n: bool(parts := concatenated(n)) and all(views_of(p)[0] in replaced for p in parts),
+        lambda n: bool(parts := concatenated(n)) and all(_is_view_of_any(p, replaced) for p in parts),
     )
     own = list(schedule.graph_module.graph.nodes)
     outer = dict(zip((n for n in own if n.op == "placeholder"), schedule.inputs, strict=True))
@@ -72,17 +71,25 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
 
     iterated = rest + work_of(own, is_slice)
-    tensors = _boundary(graph, set(backward))
+    calls = _calls_of_boundary(graph, set(backward))
+    copied = {views_of(outer[p])[0] for n in own if not is_slice(n) for p in concatenated(n) if p in outer}
+    more = _COPIED * sum(n.op == "placeholder" for n in copied)
     return Comparison(
-        exact, iterated, seconds_of(exact, device, tensors), seconds_of(iterated, device, tensors)
+        exact, iterated, seconds_of(exact, device, calls), seconds_of(iterated, device, calls + more)
     )
 
 
-def _boundary(graph: Graph, backward: set[Node]) -> int:
-    """How many tensors a backward pass reads from outside, and returns."""
+def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:
+    while node not in wanted and is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node in wanted
+
+
+def _calls_of_boundary(graph: Graph, backward: set[Node]) -> float:
+    """What the tensors that a backward pass reads from outside and returns take, in calls of an operator."""
     (output,) = graph.find_nodes(op="output")
     read = {n for node in backward for n in node.all_input_nodes if n not in backward}
-    return len(read) + sum(n in backward for n in output.all_input_nodes)
+    return _READ * len(read) + _RETURNED * sum(n in backward for n in output.all_input_nodes)
 
 
 def _live(graph: Graph, schedule: Schedule) -> set[Node]:
@@ -101,22 +108,22 @@ def _live(graph: Graph, schedule: Schedule) -> set[Node]:
     return live
 
 
-def seconds_of(work: Work, device: torch.device, tensors: int) -> float:
-    """The time that some work is expected to take, of a graph that takes and returns so many tensors."""
+def seconds_of(work: Work, device: torch.device, calls: float) -> float:
+    """The time that some work is expected to take, beside so many calls of a small operator."""
     threads = torch.get_num_threads()
+    equal = Counter((p.sizes, p.dtype) for p in work.products)
     with _compat.outside_of_tracing():
         operator = operator_seconds(device, threads)
-        call = _CALL * operator
-        moved = work.bytes.value
-        total = tensors * _TENSOR * operator + work.kernels * call
-        if moved:
+        total = (calls + _KERNEL * work.kernels) * operator
+        if moved := work.bytes.value:
             total += moved / bandwidth(device, threads, _power(moved / max(work.kernels, 1)), fresh=False)
         for product in work.products:
             side = _power((product.flops.value / 2) ** (1 / 3))
             batch, rows, inner, columns = product.sizes or (1, side, side, side)
             if product.flops.value:
-                rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch)
-                total += product.flops.value / rate + call / 2
+                turns = 1 << (equal[product.sizes, product.dtype] - 1).bit_length()
+                rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch, turns)
+                total += product.flops.value / rate + _PRODUCT * operator
     return total
 
 
