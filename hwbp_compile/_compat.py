@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -179,6 +180,29 @@ def size_expression(size: int | torch.SymInt) -> Any:
     import sympy
 
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A size that a graph leaves open: the one that was traced, and those it may have."""
+
+    expression: Any
+    value: int
+    low: int
+    high: int
+
+
+def symbols_of(values: Sequence[Any]) -> tuple[Symbol, ...]:
+    """Those among the inputs of a graph that are one symbol."""
+    found = {}
+    for value in values:
+        if not isinstance(value, torch.SymInt) or not value.node.expr.is_symbol:
+            continue
+        expression = value.node.expr
+        bounds = value.node.shape_env.var_to_range[expression]
+        low, high = (int(b) if b.is_Integer else sys.maxsize for b in (bounds.lower, bounds.upper))
+        found[expression] = Symbol(expression, size_hint(value), low, high)
+    return tuple(found.values())
 
 
 def sort_topologically(graph: fx.Graph) -> None:

@@ -11,6 +11,7 @@ from compare import recorded
 from small_models import LENGTH, D, compiled, grads, model
 from torch import Tensor
 
+from hwbp_compile import explain
 from hwbp_compile.passes import worth
 from hwbp_compile.passes.pipeline import Outcome
 
@@ -74,6 +75,27 @@ def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
         assert b.flops.formula.subs(symbol, 3) == a.flops.formula == sympy.Integer(a.flops.value)
     assert "FLOP in" in str(free)
     assert str(symbol) in str(free)
+
+
+def test_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a product's rate is the same for all sizes, small batches are iterated and large ones are not."""
+    monkeypatch.setattr(worth, "operator_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(worth, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(worth, "bandwidth", lambda *_, **__: 1e12)
+    for name in ("_READ", "_RETURNED", "_COPIED"):
+        monkeypatch.setattr(worth, name, 0.0)
+    m = torch.compile(model(), backend="highway", options={"iterations": 2}, dynamic=True)
+    for batch in (8, 128):
+        (chain,) = explain(m, torch.randn(batch, 4).double()).chains
+        (sizes,) = chain.sizes
+        assert [size for size, _ in sizes.iterated] == [
+            1 << e for e in range(1, 11) if batch <= 8 << e <= 64 * batch
+        ]
+        worth_it = [applied for _, applied in sizes.iterated]
+        assert worth_it == sorted(worth_it, reverse=True)
+        assert chain.applied == dict(sizes.iterated)[batch]
+        assert f"for {sizes.symbol} = " in str(sizes)
+    assert (explain(model(), torch.randn(8, 4).double()).chains[0].sizes) == ()
 
 
 def test_what_cannot_be_estimated_is_exact(

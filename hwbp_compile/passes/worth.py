@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -21,6 +23,8 @@ _KERNEL, _PRODUCT = 2.0, 1.0
 _READ, _RETURNED, _COPIED = 1.1, 2.5, 3.0
 """A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, and a
 parameter that is copied into a stack, in calls of a small operator."""
+_AROUND = 8
+"""How far from the value of a symbol, up and down, the decision is made for other values."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,39 @@ class Comparison:
     iterated: Work
     exact_seconds: float
     iterated_seconds: float
+    device: torch.device
+    calls: tuple[float, float]
+    """Beside the work, in calls of a small operator."""
+    symbols: tuple[_compat.Symbol, ...] = ()
+    """The sizes that the graph leaves open."""
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Comparison:
+        """The same for other values of the symbols, each of which must have one."""
+        works = [work.at(sizes) for work in (self.exact, self.iterated)]
+        seconds = [seconds_of(w, self.device, c) for w, c in zip(works, self.calls, strict=True)]
+        return replace(
+            self, exact=works[0], iterated=works[1], exact_seconds=seconds[0], iterated_seconds=seconds[1]
+        )
+
+    def by_size(self) -> Iterator[tuple[str, int, bool]]:
+        """For each symbol, powers of two around its value, and whether the chain is worth iterating there.
+
+        The other symbols keep their values.
+        """
+        here = {s.expression: s.value for s in self.symbols}
+        if not self._free <= here.keys():
+            return  # sizes that depend on data
+        for symbol in self.symbols:
+            low = max(symbol.low, symbol.value // _AROUND, 1)
+            high = min(symbol.high, symbol.value * _AROUND)
+            for exponent in range((low - 1).bit_length(), high.bit_length()):
+                size = 1 << exponent
+                yield str(symbol.expression), size, not self.at(here | {symbol.expression: size}).reason
+
+    @property
+    def _free(self) -> set[sympy.Symbol]:
+        works = (self.exact, self.iterated)
+        return set().union(*(f.free_symbols for w in works for f in (w.flops.formula, w.bytes.formula)))
 
     @property
     def reason(self) -> str:
@@ -73,10 +110,10 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
     iterated = rest + work_of(own, is_slice)
     calls = _calls_of_boundary(graph, set(backward))
     copied = {views_of(outer[p])[0] for n in own if not is_slice(n) for p in concatenated(n) if p in outer}
-    more = _COPIED * sum(n.op == "placeholder" for n in copied)
-    return Comparison(
-        exact, iterated, seconds_of(exact, device, calls), seconds_of(iterated, device, calls + more)
-    )
+    more = calls + _COPIED * sum(n.op == "placeholder" for n in copied)
+    seconds = seconds_of(exact, device, calls), seconds_of(iterated, device, more)
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    return Comparison(exact, iterated, *seconds, device, (calls, more), _compat.symbols_of(values))
 
 
 def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:
@@ -111,7 +148,7 @@ def _live(graph: Graph, schedule: Schedule) -> set[Node]:
 def seconds_of(work: Work, device: torch.device, calls: float) -> float:
     """The time that some work is expected to take, beside so many calls of a small operator."""
     threads = torch.get_num_threads()
-    equal = Counter((p.sizes, p.dtype) for p in work.products)
+    equal = Counter((p.sizes, p.dtype) for p in work.products if p.sizes)
     with _compat.outside_of_tracing():
         operator = operator_seconds(device, threads)
         total = (calls + _KERNEL * work.kernels) * operator
@@ -119,9 +156,10 @@ def seconds_of(work: Work, device: torch.device, calls: float) -> float:
             total += moved / bandwidth(device, threads, _power(moved / max(work.kernels, 1)), fresh=False)
         for product in work.products:
             side = _power((product.flops.value / 2) ** (1 / 3))
-            batch, rows, inner, columns = product.sizes or (1, side, side, side)
+            batch, rows, inner, columns = [n.value for n in product.sizes] or (1, side, side, side)
             if product.flops.value:
-                turns = 1 << (equal[product.sizes, product.dtype] - 1).bit_length()
+                # Not of other operators, whose tensors nobody knows.
+                turns = 1 << (max(equal[product.sizes, product.dtype], 1) - 1).bit_length()
                 rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch, turns)
                 total += product.flops.value / rate + _PRODUCT * operator
     return total
