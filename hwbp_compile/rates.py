@@ -26,7 +26,7 @@ _LONG_ENOUGH = 2e-2
 """Seconds after which a measurement is not repeated any more."""
 _PATIENCE = 0.1
 """Seconds after which disturbed runs are not repeated any more."""
-_SLICE = 1e-2
+_SLICE = 5e-2
 """One interruption in so many seconds does not count as a disturbance."""
 
 
@@ -106,23 +106,25 @@ def best(run: Callable[[], object], device: torch.device) -> Found:
     """Seconds of the fastest of some runs: at least four, more if they are short.
 
     Where the threads of an operator wait for each other, and one of them for another program, a small one
-    takes a thousand times as long. Such runs do not count, as long as there is patience; then one thread
-    measures, which waits for nobody.
+    takes a thousand times as long. Such runs do not count, as long as there is patience. Where there are any,
+    one thread measures too, which waits for nobody.
     """
-    seconds, certain = _fastest(run, device)
+    seconds, certain, quiet = _fastest(run, device)
     threads = torch.get_num_threads()
-    if not certain and threads > 1 and device.type == "cpu":
+    if not quiet and threads > 1 and device.type == "cpu":
         torch.set_num_threads(1)
         try:
-            seconds = min(seconds, _fastest(run, device)[0])
+            alone, _, _ = _fastest(run, device)
         finally:
             torch.set_num_threads(threads)
+        if alone < seconds:
+            seconds, certain = alone, False
     return Found(max(seconds, 1e-9), certain)
 
 
-def _fastest(run: Callable[[], object], device: torch.device) -> tuple[float, bool]:
-    """Seconds, and whether any run was undisturbed."""
-    found, spent, runs = math.inf, 0.0, 0
+def _fastest(run: Callable[[], object], device: torch.device) -> tuple[float, bool, bool]:
+    """Seconds of the fastest run, whether an undisturbed one took hardly longer, and whether all were so."""
+    found, clean, spent, runs, quiet = math.inf, math.inf, 0.0, 0, True
     begun = now(device)
     with torch.no_grad():
         while runs < 4 or (spent < _LONG_ENOUGH and runs < 100):
@@ -132,10 +134,12 @@ def _fastest(run: Callable[[], object], device: torch.device) -> tuple[float, bo
             end = now(device)
             found = min(found, end - start)
             if _interruptions() - before <= (end - start) // _SLICE:
-                spent, runs = spent + end - start, runs + 1
-            elif end - begun > _PATIENCE:
+                clean, spent, runs = min(clean, end - start), spent + end - start, runs + 1
+                continue
+            quiet = False
+            if end - begun > _PATIENCE:
                 break
-    return found, runs > 0
+    return found, clean <= 1.1 * found, quiet
 
 
 def _interruptions() -> int:

@@ -186,12 +186,38 @@ def test_disturbed_runs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs[0] == 14
     # Always interrupted: patience ends, and one thread measures.
     monkeypatch.setattr(rates, "_interruptions", lambda: runs[0])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    threads_now = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads_now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads_now.append)
     threads.clear()
     assert not rates.best(run, CPU).certain
-    assert [n for n, before in zip(threads[1:], threads, strict=False) if n != before] == [1, 2]
-    assert threads[-1] == 2
+    assert threads_now == [2, 1, 2]
+    assert sorted(set(threads), reverse=True) == list(dict.fromkeys(threads)) == [2, 1]
+    # One thread is faster, although some runs of both were undisturbed.
+    monkeypatch.setattr(rates, "_interruptions", lambda: min(runs[0], before + 1))
+    before = runs[0]
+
+    def slow_together() -> None:
+        run()
+        time[0] += 0.01 * (threads_now[-1] == 2)
+
+    assert rates.best(slow_together, CPU) == Found(pytest.approx(0.009), certain=False)
+
+
+def test_products_in_turn_are_of_different_tensors(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as asked for, or as there is room for; the rate is that of all of them."""
+    made: list[int] = []
+
+    def best(run: Any, device: torch.device) -> Found:
+        made.append(len({x.data_ptr() for x in run()}))
+        return Found(float(made[-1]))
+
+    monkeypatch.setattr(rates, "best", best)
+    sizes = (3, 5, 7, torch.float32, CPU, 1)
+    assert product_rate(*sizes) == product_rate(*sizes, turns=4) == 2 * 3 * 5 * 7
+    monkeypatch.setattr(rates, "_ROOM", 2 * 4 * (3 * 5 + 5 * 7 + 3 * 7))
+    assert product_rate(*sizes, turns=8) == 2 * 3 * 5 * 7
+    assert made == [1, 4, 2]
 
 
 def test_calibrate(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from compare import recorded
 from small_models import LENGTH, D, compiled, grads, model
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import explain
 from hwbp_compile.passes import worth
@@ -96,6 +97,18 @@ def test_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert chain.applied == dict(sizes.iterated)[batch]
         assert f"for {sizes.symbol} = " in str(sizes)
     assert (explain(model(), torch.randn(8, 4).double()).chains[0].sizes) == ()
+
+
+def test_gradients_that_a_schedule_returns_in_a_stack_are_not_copied() -> None:
+    """What is replaced may itself be a view, and be seen through another one."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.sum(0).reshape(2, 2).unsqueeze(0)
+
+    *_, total, replaced, row, _ = make_fx(rows)(torch.ones(3, 4)).graph.nodes
+    assert worth._is_view_of_any(row, {replaced})
+    assert worth._is_view_of_any(row, {total})
+    assert not worth._is_view_of_any(total, {replaced, row})
 
 
 def test_what_cannot_be_estimated_is_exact(
