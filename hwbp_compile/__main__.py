@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .calibrate import calibrate, to_text
 from .control.settings import module_of
 from .errors import ModelError, OptionError
 from .options import list_options
+from .remembered import known_of
 from .report.explain import explain
 from .report.explanation import Explanation
 from .report.fidelity import fidelity
@@ -78,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_options(command, "gamma, group_size or exact_tail")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .png, .svg or .pdf file")
+    command = commands.add_parser(
+        "calibrate",
+        help='measure again what the decisions of apply="auto" go by',
+        description='Measure again what the decisions of apply="auto" go by, best while nothing else runs. '
+        "It is kept beside torch's caches, and holds for all processes with as many threads.",
+    )
+    command.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+    command.add_argument("--threads", type=int, help="as the training has; by default, as torch chooses")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command = commands.add_parser("options", help="list the options of the backend")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
@@ -146,7 +159,28 @@ def _fidelity(given: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"explain": _explain, "options": _options, "fidelity": _fidelity}
+def _calibrate(given: argparse.Namespace) -> int:
+    if given.threads is not None and given.threads < 1:
+        raise UsageError(f"there must be at least one thread, not {given.threads}.")
+    try:
+        device = torch.device(given.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # what torch raises where it is built without CUDA
+        raise UsageError(f"there is no device {given.device!r}.") from None
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    measured = calibrate(device)
+    if given.json:
+        print(json.dumps([m.to_dict() for m in measured], indent=2))
+        return 0
+    known, threads = known_of(device), torch.get_num_threads()
+    where = known.path or "no file"
+    print(f"{known.conditions.device}, {threads} thread{'s' * (threads != 1)}; kept in {where}")
+    print(to_text(measured))
+    return 0
+
+
+_COMMANDS = {"explain": _explain, "options": _options, "fidelity": _fidelity, "calibrate": _calibrate}
 
 
 def _write_graphs(explanation: Explanation, folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -178,6 +180,29 @@ def size_expression(size: int | torch.SymInt) -> Any:
     import sympy
 
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A size that a graph leaves open: the one that was traced, and those it may have."""
+
+    expression: Any
+    value: int
+    low: int
+    high: int
+
+
+def symbols_of(values: Sequence[Any]) -> tuple[Symbol, ...]:
+    """Those among the inputs of a graph that are one symbol."""
+    found = {}
+    for value in values:
+        if not isinstance(value, torch.SymInt) or not value.node.expr.is_symbol:
+            continue
+        expression = value.node.expr
+        bounds = value.node.shape_env.var_to_range[expression]
+        low, high = (int(b) if b.is_Integer else sys.maxsize for b in (bounds.lower, bounds.upper))
+        found[expression] = Symbol(expression, size_hint(value), low, high)
+    return tuple(found.values())
 
 
 def sort_topologically(graph: fx.Graph) -> None:
@@ -598,11 +623,9 @@ def load_cpp_kernel(argument_types: Sequence[str], source: str) -> Callable[...,
 
 
 def exact_products() -> bool:
-    """Whether products of float32 are not to be rounded to TF32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # it was set by the newer interface, which does not go together with this one
-        return bool(torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16"))
+    """Whether products of float32 on a CUDA device are not to be rounded to narrower types."""
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def load_generated(source: str) -> Any:
@@ -610,6 +633,27 @@ def load_generated(source: str) -> Any:
     from torch._inductor.codecache import PyCodeCache
 
     return PyCodeCache.load(source)
+
+
+def cache_folder() -> Path | None:
+    """Where torch's compiler keeps its caches; None where it is to keep none."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return None if config.force_disable_caches else Path(cache_dir())
+
+
+def file_lock(path: Path, timeout: float) -> Any:
+    """A lock between processes, not held yet. To acquire it raises TimeoutError after so many seconds."""
+    from torch.utils._filelock import FileLock
+
+    return FileLock(str(path), timeout=timeout)
+
+
+def precision_of_products() -> str:
+    """What float32 matrices are multiplied in, as far as the user chose."""
+    backends: Any = torch.backends
+    return f"{backends.cuda.matmul.fp32_precision}, {backends.mkldnn.matmul.fp32_precision}"
 
 
 def inductor_options() -> dict[str, Any]:

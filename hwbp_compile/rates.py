@@ -1,21 +1,41 @@
-"""How fast this machine is: what products, memory and calls take, measured when first asked for."""
+"""How fast this machine is: what products, memory and calls take, measured when first asked for.
+
+Whatever is changed in this file, all rates are measured anew.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
 
 import torch
 
-BUDGET = 2e9
-"""Floating-point operations of one measurement."""
+from .remembered import Found, Rate
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
+
+_BUDGET = 2e9
+"""Floating-point operations of one measurement on a CPU."""
+_ROOM = 1 << 26
+"""Bytes of all tensors of one measurement."""
 _LONG_ENOUGH = 2e-2
 """Seconds after which a measurement is not repeated any more."""
+_PATIENCE = 0.1
+"""Seconds after which disturbed runs are not repeated any more."""
+_SLICE = 5e-2
+"""One interruption in so many seconds does not count as a disturbance."""
 
 
-@functools.lru_cache(maxsize=1024)
+def budget(device: torch.device) -> float:
+    """Floating-point operations of one measurement."""
+    return _BUDGET if device.type == "cpu" else 100 * _BUDGET
+
+
+@Rate
 def product_rate(
     rows: int,
     inner: int,
@@ -24,12 +44,16 @@ def product_rate(
     device: torch.device,
     threads: int,
     batch: int = 1,
-) -> float:
+    turns: int = 1,
+) -> Found:
     """FLOPs a second of ``[batch, rows, inner] @ [batch, inner, columns]``, on a part if that is large.
 
-    Without ``batch``, of matrices.
+    Args:
+        batch: 1 for matrices.
+        turns: so many products of these sizes follow one another, each of other tensors. Where these are more
+            than a cache holds, they have to come from memory.
     """
-    share = min(1.0, BUDGET / (2 * batch * rows * inner * columns))
+    share = min(1.0, budget(device) / (2 * batch * rows * inner * columns))
     if batch > 1:
         batch = max(int(batch * share), 1)
     elif rows > inner:
@@ -37,13 +61,22 @@ def product_rate(
     else:
         inner = max(int(inner * share), 1)
     many = (batch,) if batch > 1 else ()
-    a = torch.full((*many, rows, inner), 0.01, dtype=dtype, device=device)
-    b = torch.full((*many, inner, columns), 0.01, dtype=dtype, device=device)
-    return 2 * batch * rows * inner * columns / best(lambda: a @ b, device)
+    size = batch * (rows * inner + inner * columns + rows * columns) * dtype.itemsize
+    turns = max(min(turns, _ROOM // size), 1)
+    pairs = [
+        (
+            torch.full((*many, rows, inner), 0.01, dtype=dtype, device=device),
+            torch.full((*many, inner, columns), 0.01, dtype=dtype, device=device),
+        )
+        for _ in range(turns)
+    ]
+    return _per_second(
+        turns * 2 * batch * rows * inner * columns, best(lambda: [a @ b for a, b in pairs], device)
+    )
 
 
-@functools.lru_cache(maxsize=1024)
-def bandwidth(device: torch.device, threads: int, size: int, fresh: bool = True) -> float:
+@Rate
+def bandwidth(device: torch.device, threads: int, size: int, fresh: bool = True) -> Found:
     """Bytes a second of elementwise operators that make tensors of about this size in bytes.
 
     Args:
@@ -52,13 +85,13 @@ def bandwidth(device: torch.device, threads: int, size: int, fresh: bool = True)
     n = max(min(size, 1 << 25) // 4, 1 << 12)
     a = torch.full((n,), 0.01, device=device)
     if fresh:
-        return 4 * 3 * 4 * n / best(lambda: [a + a for _ in range(4)], device)
+        return _per_second(4 * 3 * 4 * n, best(lambda: [a + a for _ in range(4)], device))
     out = [torch.empty_like(a) for _ in range(4)]
-    return 4 * 3 * 4 * n / best(lambda: [torch.add(a, a, out=each) for each in out], device)
+    return _per_second(4 * 3 * 4 * n, best(lambda: [torch.add(a, a, out=each) for each in out], device))
 
 
-@functools.lru_cache(maxsize=16)
-def operator_seconds(device: torch.device, threads: int) -> float:
+@Rate
+def operator_seconds(device: torch.device, threads: int) -> Found:
     """What it takes to call an operator that has next to nothing to do."""
     a = torch.full((16,), 0.01, device=device)
 
@@ -66,19 +99,57 @@ def operator_seconds(device: torch.device, threads: int) -> float:
         for _ in range(20):
             torch.add(a, a)
 
-    return best(several, device) / 20
+    found = best(several, device)
+    return Found(found.value / 20, found.certain)
 
 
-def best(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some runs: at least four, more if they are short."""
-    found, spent, runs = math.inf, 0.0, 0
+def _per_second(amount: int, time: Found) -> Found:
+    return Found(amount / time.value, time.certain)
+
+
+def best(run: Callable[[], object], device: torch.device) -> Found:
+    """Seconds of the fastest of some runs: at least four, more if they are short.
+
+    Where the threads of an operator wait for each other, and one of them for another program, a small one
+    takes a thousand times as long. Such runs do not count, as long as there is patience. Where there are any,
+    one thread measures too, which waits for nobody.
+    """
+    seconds, certain, quiet = _fastest(run, device)
+    threads = torch.get_num_threads()
+    if not quiet and threads > 1 and device.type == "cpu":
+        torch.set_num_threads(1)
+        try:
+            alone, _, _ = _fastest(run, device)
+        finally:
+            torch.set_num_threads(threads)
+        if alone < seconds:
+            seconds, certain = alone, False
+    return Found(max(seconds, 1e-9), certain)
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> tuple[float, bool, bool]:
+    """Seconds of the fastest run, whether an undisturbed one took hardly longer, and whether all were so."""
+    found, clean, spent, runs, quiet = math.inf, math.inf, 0.0, 0, True
+    begun = now(device)
     with torch.no_grad():
         while runs < 4 or (spent < _LONG_ENOUGH and runs < 100):
+            before = _interruptions()
             start = now(device)
             run()
-            seconds = now(device) - start
-            found, spent, runs = min(found, seconds), spent + seconds, runs + 1
-    return max(found, 1e-9)
+            end = now(device)
+            found = min(found, end - start)
+            if _interruptions() - before <= (end - start) // _SLICE:
+                clean, spent, runs = min(clean, end - start), spent + end - start, runs + 1
+                continue
+            quiet = False
+            if end - begun > _PATIENCE:
+                break
+    return found, clean <= 1.1 * found, quiet
+
+
+def _interruptions() -> int:
+    """How often this process had to leave a core to another; always 0 where that is not told."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def now(device: torch.device) -> float:

@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 import torch
 
+from hwbp_compile.remembered import SWITCH
+
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
@@ -21,6 +23,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("default"), max_examples=25)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 torch.set_num_threads(1)
+os.environ[SWITCH] = "0"  # no test depends on what was measured before it, nor leaves what it measured
 
 
 @pytest.fixture(autouse=True)

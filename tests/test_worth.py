@@ -10,7 +10,9 @@ import torch
 from compare import recorded
 from small_models import LENGTH, D, compiled, grads, model
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from hwbp_compile import explain
 from hwbp_compile.passes import worth
 from hwbp_compile.passes.pipeline import Outcome
 
@@ -34,7 +36,8 @@ def decided(x: Tensor, monkeypatch: pytest.MonkeyPatch, call: float, flops: floa
 
 
 def test_latency_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worth, "_TENSOR", 0.0)
+    for name in ("_READ", "_RETURNED", "_COPIED"):
+        monkeypatch.setattr(worth, name, 0.0)
     outcome = decided(torch.randn(3, 4).double(), monkeypatch, call=1.0, flops=1e30, iterations=1)
     assert outcome.schedule is not None
     assert outcome.comparison is not None
@@ -73,6 +76,39 @@ def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
         assert b.flops.formula.subs(symbol, 3) == a.flops.formula == sympy.Integer(a.flops.value)
     assert "FLOP in" in str(free)
     assert str(symbol) in str(free)
+
+
+def test_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a product's rate is the same for all sizes, small batches are iterated and large ones are not."""
+    monkeypatch.setattr(worth, "operator_seconds", lambda *_: 1e-6)
+    monkeypatch.setattr(worth, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(worth, "bandwidth", lambda *_, **__: 1e12)
+    for name in ("_READ", "_RETURNED", "_COPIED"):
+        monkeypatch.setattr(worth, name, 0.0)
+    m = torch.compile(model(), backend="highway", options={"iterations": 2}, dynamic=True)
+    for batch in (8, 128):
+        (chain,) = explain(m, torch.randn(batch, 4).double()).chains
+        (sizes,) = chain.sizes
+        assert [size for size, _ in sizes.iterated] == [
+            1 << e for e in range(1, 11) if batch <= 8 << e <= 64 * batch
+        ]
+        worth_it = [applied for _, applied in sizes.iterated]
+        assert worth_it == sorted(worth_it, reverse=True)
+        assert chain.applied == dict(sizes.iterated)[batch]
+        assert f"for {sizes.symbol} = " in str(sizes)
+    assert (explain(model(), torch.randn(8, 4).double()).chains[0].sizes) == ()
+
+
+def test_gradients_that_a_schedule_returns_in_a_stack_are_not_copied() -> None:
+    """What is replaced may itself be a view, and be seen through another one."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.sum(0).reshape(2, 2).unsqueeze(0)
+
+    *_, total, replaced, row, _ = make_fx(rows)(torch.ones(3, 4)).graph.nodes
+    assert worth._is_view_of_any(row, {replaced})
+    assert worth._is_view_of_any(row, {total})
+    assert not worth._is_view_of_any(total, {replaced, row})
 
 
 def test_what_cannot_be_estimated_is_exact(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -36,6 +36,10 @@ class Amount:
     def __mul__(self, other: Amount) -> Amount:
         return Amount(self.formula * other.formula, self.value * other.value)
 
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Amount:
+        """The same for other values of the symbols."""
+        return Amount(self.formula, int(self.formula.subs(sizes)))
+
     @staticmethod
     def of(size: Any) -> Amount:
         """A size, or a number of elements."""
@@ -50,9 +54,13 @@ class Product:
     """A matrix product, batched or not; of another operator only the FLOPs are known."""
 
     flops: Amount
-    sizes: tuple[int, ...]
+    sizes: tuple[Amount, ...]
     """Batch, rows, inner, columns; empty if unknown."""
     dtype: torch.dtype
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Product:
+        """The same for other values of the symbols."""
+        return Product(self.flops.at(sizes), tuple(n.at(sizes) for n in self.sizes), self.dtype)
 
 
 @dataclass
@@ -71,6 +79,10 @@ class Work:
     def flops(self) -> Amount:
         """Of all products."""
         return functools.reduce(operator.add, (p.flops for p in self.products), NOTHING)
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Work:
+        """The same for other values of the symbols."""
+        return replace(self, products=[p.at(sizes) for p in self.products], bytes=self.bytes.at(sizes))
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -185,7 +197,7 @@ def _product(node: Node) -> Product:
         batch = Amount.of(a.shape[0] if a.dim() == 3 else 1)
         rows, inner, columns = (Amount.of(n) for n in (*a.shape[-2:], b.shape[-1]))
         flops = Amount.of(2) * batch * rows * inner * columns
-        return Product(flops, tuple(n.value for n in (batch, rows, inner, columns)), first.dtype)
+        return Product(flops, (batch, rows, inner, columns), first.dtype)
     args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
     target: Any = node.target
     out = value if isinstance(value, Tensor) else tuple(value)

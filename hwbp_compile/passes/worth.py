@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
 from .. import _compat
 from ..rates import bandwidth, operator_seconds, product_rate
 from .emit import Schedule
-from .views import concatenated, row_of, views_of
+from .views import concatenated, is_view, row_of, views_of
 from .work import Work, work_of
 
-_ENOUGH = 0.6
-"""The share of the exact backward pass's time that an approximate one may be expected to take at most.
-
-Measured against predictions, iterated passes gain less than expected, by up to a third.
-"""
-_CALL = 5
-"""A call from generated code, which also makes and checks its tensors, in calls of a small operator."""
-_TENSOR = 1.3
-"""A tensor that a backward pass is given or returns, in calls of a small operator."""
+_ENOUGH = 0.85
+"""The share of the exact backward pass's time that an approximate one may be expected to take at most."""
+_KERNEL, _PRODUCT = 2.0, 1.0
+"""A call from generated code, of a kernel or in addition to a product, in calls of a small operator."""
+_READ, _RETURNED, _COPIED = 1.1, 2.5, 3.0
+"""A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, and a
+parameter that is copied into a stack, in calls of a small operator."""
+_AROUND = 8
+"""How far from the value of a symbol, up and down, the decision is made for other values."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,39 @@ class Comparison:
     iterated: Work
     exact_seconds: float
     iterated_seconds: float
+    device: torch.device
+    calls: tuple[float, float]
+    """Beside the work, in calls of a small operator."""
+    symbols: tuple[_compat.Symbol, ...] = ()
+    """The sizes that the graph leaves open."""
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Comparison:
+        """The same for other values of the symbols, each of which must have one."""
+        works = [work.at(sizes) for work in (self.exact, self.iterated)]
+        seconds = [seconds_of(w, self.device, c) for w, c in zip(works, self.calls, strict=True)]
+        return replace(
+            self, exact=works[0], iterated=works[1], exact_seconds=seconds[0], iterated_seconds=seconds[1]
+        )
+
+    def by_size(self) -> Iterator[tuple[str, int, bool]]:
+        """For each symbol, powers of two around its value, and whether the chain is worth iterating there.
+
+        The other symbols keep their values.
+        """
+        here = {s.expression: s.value for s in self.symbols}
+        if not self._free <= here.keys():
+            return  # sizes that depend on data
+        for symbol in self.symbols:
+            low = max(symbol.low, symbol.value // _AROUND, 1)
+            high = min(symbol.high, symbol.value * _AROUND)
+            for exponent in range((low - 1).bit_length(), high.bit_length()):
+                size = 1 << exponent
+                yield str(symbol.expression), size, not self.at(here | {symbol.expression: size}).reason
+
+    @property
+    def _free(self) -> set[sympy.Symbol]:
+        works = (self.exact, self.iterated)
+        return set().union(*(f.free_symbols for w in works for f in (w.flops.formula, w.bytes.formula)))
 
     @property
     def reason(self) -> str:
@@ -62,7 +98,7 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
     exact = work_of(backward)
     rest = work_of(
         [n for n in backward if n in live],
-        lambda n: bool(parts := concatenated(n)) and all(views_of(p)[0] in replaced for p in parts),
+        lambda n: bool(parts := concatenated(n)) and all(_is_view_of_any(p, replaced) for p in parts),
     )
     own = list(schedule.graph_module.graph.nodes)
     outer = dict(zip((n for n in own if n.op == "placeholder"), schedule.inputs, strict=True))
@@ -72,17 +108,25 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
 
     iterated = rest + work_of(own, is_slice)
-    tensors = _boundary(graph, set(backward))
-    return Comparison(
-        exact, iterated, seconds_of(exact, device, tensors), seconds_of(iterated, device, tensors)
-    )
+    calls = _calls_of_boundary(graph, set(backward))
+    copied = {views_of(outer[p])[0] for n in own if not is_slice(n) for p in concatenated(n) if p in outer}
+    more = calls + _COPIED * sum(n.op == "placeholder" for n in copied)
+    seconds = seconds_of(exact, device, calls), seconds_of(iterated, device, more)
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    return Comparison(exact, iterated, *seconds, device, (calls, more), _compat.symbols_of(values))
 
 
-def _boundary(graph: Graph, backward: set[Node]) -> int:
-    """How many tensors a backward pass reads from outside, and returns."""
+def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:
+    while node not in wanted and is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node in wanted
+
+
+def _calls_of_boundary(graph: Graph, backward: set[Node]) -> float:
+    """What the tensors that a backward pass reads from outside and returns take, in calls of an operator."""
     (output,) = graph.find_nodes(op="output")
     read = {n for node in backward for n in node.all_input_nodes if n not in backward}
-    return len(read) + sum(n in backward for n in output.all_input_nodes)
+    return _READ * len(read) + _RETURNED * sum(n in backward for n in output.all_input_nodes)
 
 
 def _live(graph: Graph, schedule: Schedule) -> set[Node]:
@@ -101,22 +145,23 @@ def _live(graph: Graph, schedule: Schedule) -> set[Node]:
     return live
 
 
-def seconds_of(work: Work, device: torch.device, tensors: int) -> float:
-    """The time that some work is expected to take, of a graph that takes and returns so many tensors."""
+def seconds_of(work: Work, device: torch.device, calls: float) -> float:
+    """The time that some work is expected to take, beside so many calls of a small operator."""
     threads = torch.get_num_threads()
+    equal = Counter((p.sizes, p.dtype) for p in work.products if p.sizes)
     with _compat.outside_of_tracing():
         operator = operator_seconds(device, threads)
-        call = _CALL * operator
-        moved = work.bytes.value
-        total = tensors * _TENSOR * operator + work.kernels * call
-        if moved:
+        total = (calls + _KERNEL * work.kernels) * operator
+        if moved := work.bytes.value:
             total += moved / bandwidth(device, threads, _power(moved / max(work.kernels, 1)), fresh=False)
         for product in work.products:
             side = _power((product.flops.value / 2) ** (1 / 3))
-            batch, rows, inner, columns = product.sizes or (1, side, side, side)
+            batch, rows, inner, columns = [n.value for n in product.sizes] or (1, side, side, side)
             if product.flops.value:
-                rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch)
-                total += product.flops.value / rate + call / 2
+                # Not of other operators, whose tensors nobody knows.
+                turns = 1 << (max(equal[product.sizes, product.dtype], 1) - 1).bit_length()
+                rate = product_rate(rows, inner, columns, product.dtype, device, threads, batch, turns)
+                total += product.flops.value / rate + _PRODUCT * operator
     return total
 
 

@@ -21,7 +21,7 @@ from .. import _compat
 from ..errors import CannotRewrite
 from ..passes.linear_ops import MATRIX_PRODUCTS, op_name
 from ..passes.program import externals_of
-from ..rates import BUDGET, bandwidth, now, operator_seconds, product_rate
+from ..rates import bandwidth, budget, now, operator_seconds, product_rate
 from .backward import EXACT, Cotangent, Settings
 from .cell_graph import trace_cell
 from .cells import STEPS
@@ -31,8 +31,6 @@ from .recurrence import kernel_name
 
 log = logging.getLogger(__name__)
 
-_LONG = 256
-"""Steps of a typical layer, at which kernels and the library are compared."""
 _PATIENCE = 0.1
 """Seconds after which a measurement is not repeated once more."""
 
@@ -139,10 +137,12 @@ def why_exact_is_faster(
         return "nothing to iterate over: the batch is empty"
     try:
         with _compat.outside_of_tracing():
-            exact = fastest_exact(case)
+            exact = fastest_exact(case, steps)
             if exact is None:
                 return ""
-            approximate = _forward_of_iteration(case).at(steps) + iteration_seconds(case, settings, steps)
+            approximate = _forward_of_iteration(case, steps).at(steps) + iteration_seconds(
+                case, settings, steps
+            )
     except Exception as error:  # such as a lack of memory
         log.warning("A recurrence is left exact as its cost cannot be measured.", exc_info=True)
         return f"its cost cannot be measured ({type(error).__name__}: {error})"
@@ -165,21 +165,21 @@ def kernels_are_faster(
     Args:
         backward: whether they are to do exact backpropagation as well, not the forward pass only.
     """
-    case, _ = case_of(key, inputs, carry, weights)
+    case, steps = case_of(key, inputs, carry, weights)
     if case.empty:
         return True
     try:
         with _compat.outside_of_tracing():
             if not backward:
-                return case.device.type == "cpu" or _kernels_go_forward(case)
-            exact = fastest_exact(case)
+                return case.device.type == "cpu" or _kernels_go_forward(case, steps)
+            exact = fastest_exact(case, steps)
     except Exception:
         log.warning("A recurrent layer is run by our kernels as its cost cannot be measured.", exc_info=True)
         return True
     return exact is not None and exact.by == "kernels"
 
 
-def _kernels_go_forward(case: Case) -> bool:
+def _kernels_go_forward(case: Case, steps: int) -> bool:
     """Whether the forward pass of an iterated layer is our kernels'.
 
     On a CPU they are never slower than the library where only the backward pass is iterated, as they also
@@ -189,19 +189,18 @@ def _kernels_go_forward(case: Case) -> bool:
     if kernels is None or case.device.type == "cpu":
         return kernels is not None
     library = _measure_library(case)
-    return library is None or kernels.forward.at(_LONG) <= library.forward.at(_LONG)
+    return library is None or kernels.forward.at(steps) <= library.forward.at(steps)
 
 
-@functools.lru_cache(maxsize=256)
-def fastest_exact(case: Case) -> Exact | None:
-    """The faster of our kernels and the library, measured; None if there is neither."""
+def fastest_exact(case: Case, steps: int) -> Exact | None:
+    """The faster of our kernels and the library for so many steps, measured; None if there is neither."""
     choices = [_measure_kernels(case), _measure_library(case)]
     found = [c for c in choices if c is not None]
-    return min(found, key=lambda c: c.forward.at(_LONG) + c.backward.at(_LONG), default=None)
+    return min(found, key=lambda c: c.forward.at(steps) + c.backward.at(steps), default=None)
 
 
-def _forward_of_iteration(case: Case) -> Line:
-    found = _measure_kernels(case) if _kernels_go_forward(case) else _measure_library(case)
+def _forward_of_iteration(case: Case, steps: int) -> Line:
+    found = _measure_kernels(case) if _kernels_go_forward(case, steps) else _measure_library(case)
     assert found is not None
     return found.forward
 
@@ -251,14 +250,16 @@ def _measure_library(case: Case) -> Exact | None:
         return lambda: torch.autograd.grad(y, wanted, cotangent, allow_unused=True)
 
     with torch.enable_grad(), _compat.autograd_inside_an_operator():
-        return Exact("library", *_time(case, forward, longest=256))
+        # On a CPU a step takes so long that fewer will do.
+        longest = 256 if case.device.type == "cpu" else 2048
+        return Exact("library", *_time(case, forward, longest))
 
 
 def _time(case: Case, forward: Callable[[int], Callable[[], object]], longest: int) -> tuple[Line, Line]:
     """Of a forward pass over so many steps, and of the backward pass that it returns."""
     rows = case.carry[0][0][0] if case.carry[0][0] else 1
     flops = 6 * rows * sum(math.prod(shape) for shape, _ in case.weights)
-    longer = int(min(max(BUDGET / max(flops, 1), 2), longest))
+    longer = int(min(max(budget(case.device) / max(flops, 1), 2), longest))
     lengths = max(longer // 4, 1), longer
     seconds = []
     for steps in lengths:
@@ -308,7 +309,7 @@ def iteration_seconds(case: Case, settings: Settings, steps: int) -> float:
         + operators * swept * operator_seconds(case.device, case.threads)
     )
     # Without kernels, the gates are computed again from the library's outputs.
-    again = not _kernels_go_forward(case)
+    again = not _kernels_go_forward(case, steps)
     besides = [n for n in cell.nodes if n not in block and (again or n in gradients)]
     last = (
         product(besides, steps=steps)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..passes.pipeline import Outcome, Record, rewrite
 from ..passes.worth import Comparison
 from ..recurrent.capture import Layer
 from .capture import Capture, Frame, capture
-from .explanation import ChainReport, CostReport, Explanation, GraphReport
+from .explanation import ChainReport, CostReport, Explanation, GraphReport, SizesReport
 from .gaps import gaps
 from .roles import effective_iterations, roles_of
 from .where import (
@@ -203,7 +204,13 @@ def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, 
         notes=tuple(_chain_notes(len(blocks), options)) if applied else (),
         graph=graph,
         costs=None if outcome.comparison is None else _costs(outcome.comparison),
+        sizes=() if outcome.comparison is None else tuple(_sizes(outcome.comparison)),
     )
+
+
+def _sizes(comparison: Comparison) -> Iterator[SizesReport]:
+    for symbol, rows in groupby(comparison.by_size(), key=lambda row: row[0]):
+        yield SizesReport(symbol, tuple((size, applied) for _, size, applied in rows))
 
 
 def _costs(comparison: Comparison) -> tuple[CostReport, CostReport]:

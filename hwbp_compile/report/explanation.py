@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,23 @@ class CostReport:
             f"{_amount(self.flops)}FLOP in {self.products} products, {self.depth} in sequence, "
             f"{_amount(self.bytes)}B in {self.kernels} kernels: about {self.seconds * 1e3:.3g} ms"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SizesReport:
+    """What would be chosen for other values of a size that the graph leaves open, the others as they are."""
+
+    symbol: str
+    iterated: tuple[tuple[int, bool], ...]
+    """Values, and whether the chain would be iterated."""
+
+    def __str__(self) -> str:
+        said = []
+        for applied, run in groupby(self.iterated, key=lambda row: row[1]):
+            sizes = [size for size, _ in run]
+            to = f" to {sizes[-1]}" if len(sizes) > 1 else ""
+            said.append(f"{'iterated' if applied else 'exact'} for {self.symbol} = {sizes[0]}{to}")
+        return ", ".join(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +109,8 @@ class ChainReport:
     """``"depth"``, or ``"time"`` for a recurrent layer."""
     costs: tuple[CostReport, CostReport] | None = None
     """Of the backward pass as it is and with this chain iterated, where ``apply="auto"`` compared them."""
+    sizes: tuple[SizesReport, ...] = ()
+    """With dynamic shapes, what would be right for others. Chosen is what is right for those of the call."""
 
     @property
     def shape(self) -> tuple[int | str, ...]:
@@ -112,6 +132,7 @@ class ChainReport:
             "new_nodes": self.new_nodes, "notes": list(self.notes), "graph": self.graph,
             "over": self.over,
             "costs": None if self.costs is None else [asdict(c) for c in self.costs],
+            "sizes": [{"symbol": s.symbol, "iterated": [list(i) for i in s.iterated]} for s in self.sizes],
         }  # fmt: skip
 
 
