@@ -10,7 +10,7 @@ initialised.
 from __future__ import annotations
 
 import torch
-from measuring import Step, measure, parser, set_up, smallest_cosine
+from measuring import Step, add_turns, alone, measure, parser, set_up, smallest_cosine
 from recurrent import SETTINGS
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
@@ -53,7 +53,8 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), default=(1024, 8, 16, 64))
     made.add_argument("--no-scan", action="store_true", help="without torch's scan under Inductor")
-    made.add_argument("--compile-only", action="store_true", help="fill the compiler's caches")
+    made.add_argument("--settings", nargs="*", help="some of: " + ", ".join(SETTINGS))
+    add_turns(made)
     arguments = made.parse_args()
     set_up(arguments)
     torch.manual_seed(0)
@@ -68,17 +69,16 @@ def main() -> None:
         steps["scan, Inductor"] = Step(module, torch.compile(module, backend="inductor"), x, direction)
     peers = list(steps)
     for name, options in SETTINGS.items():
+        if arguments.settings and name not in arguments.settings:
+            continue
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
-    if arguments.compile_only:
-        for step in steps.values():
-            step()
-        return
     exact = [g.clone() for g in steps["loop, eager"]()]
     for step in steps.values():
         step()
     cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
-    times = measure(steps, arguments.repeats)
+    with alone(arguments.turns, arguments.processes):
+        times = measure(steps, arguments.repeats)
     print(f"LayerNorm-GRU, T = {length}, B = {batch}, I = {inputs}, H = {hidden}")
     for name, ms in times.items():
         against = [f"{times[peer] / ms:6.2f}x" for peer in peers]

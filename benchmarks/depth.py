@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,8 +39,9 @@ from depth_models import FAMILIES, Row
 from json_lines import add_line, read_lines
 from measuring import (
     PRECISIONS,
-    Replay,
     Step,
+    alone,
+    captured,
     measure,
     measure_parts,
     memory_of,
@@ -49,6 +49,7 @@ from measuring import (
     set_limits,
     set_up,
     smallest_cosine,
+    use_side_stream,
 )
 from torch import Tensor
 from workers import run_jobs
@@ -105,17 +106,6 @@ def measure_row(
             )
 
 
-@contextlib.contextmanager
-def alone(folder: Path | None) -> Iterator[None]:
-    """One process at a time, of those with this folder."""
-    if folder is None:
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def launched(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds of the parts of steps."""
     for _ in range(3):
@@ -144,14 +134,7 @@ def replayed(
     case: Case, steps: Mapping[str, Step], exact: Sequence[Tensor], repeats: int
 ) -> dict[str, dict[str, float]]:
     """Print and return what the steps take in CUDA graphs, of those that can be captured."""
-    made: dict[str, Replay] = {}
-    for name, step in steps.items():
-        try:
-            made[name] = Replay(step)
-        except Exception as error:
-            while error.__context__ is not None:  # what ended the capture, not that it could not be ended
-                error = error.__context__
-            print(f"  {name:14} not capturable: {str(error).partition(chr(10))[0]}", flush=True)
+    made = captured(steps)
     cosines = {n: smallest_cosine(case.gradients(steps[n], replay), exact) for n, replay in made.items()}
     times = measure(made, repeats)
     base = times.get(next(iter(steps)), math.nan)
@@ -188,8 +171,8 @@ def measure_one(arguments: argparse.Namespace, names: Sequence[str], row: Row) -
 def begin(arguments: argparse.Namespace) -> None:
     """Settle what a whole process measures with."""
     set_limits(arguments)
-    if arguments.cuda_graphs and torch.cuda.current_stream() == torch.cuda.default_stream():
-        torch.cuda.set_stream(torch.cuda.Stream())  # what is captured must never have run on the default one
+    if arguments.cuda_graphs:
+        use_side_stream()
 
 
 def prepare(arguments: argparse.Namespace, jobs: Sequence[tuple[Row, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import gc
 import math
 import os
@@ -11,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,40 @@ class Replay:
         return (now(self.device) - start,)
 
 
+def captured(steps: Mapping[str, Step]) -> dict[str, Replay]:
+    """Those of the steps that can be captured in CUDA graphs; why others cannot is printed."""
+    made = {}
+    for name, step in steps.items():
+        try:
+            made[name] = Replay(step)
+        except Exception as error:
+            while error.__context__ is not None:  # what ended the capture, not that it could not be ended
+                error = error.__context__
+            print(f"  {name:14} not capturable: {str(error).partition(chr(10))[0]}", flush=True)
+    return made
+
+
+def use_side_stream() -> None:
+    """Have all work done on a stream that can be captured: what is must never have run on the default one."""
+    if torch.cuda.current_stream() == torch.cuda.default_stream():
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+
+@contextmanager
+def alone(folder: Path | None, processes: int = 0) -> Iterator[None]:
+    """One process at a time, of those with this folder, once so many of them have come here."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"ready-{os.getpid()}").touch()
+    while sum(1 for _ in folder.glob("ready-*")) < processes:
+        time.sleep(0.1)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def now(device: torch.device) -> float:
     """The time, when the device has done its work."""
     if device.type == "cuda":
@@ -156,6 +192,12 @@ def parser(doc: str | None, threads: int = 1, repeats: int = 7) -> argparse.Argu
     made.add_argument("--threads", type=int, default=threads)
     made.add_argument("--repeats", type=int, default=repeats)
     return made
+
+
+def add_turns(made: argparse.ArgumentParser) -> None:
+    """Arguments for several processes that compile at once and measure one after the other."""
+    made.add_argument("--turns", type=Path, metavar="FOLDER", help="measure alone, of those with this folder")
+    made.add_argument("--processes", type=int, default=0, help="begin when so many have compiled")
 
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")

@@ -8,7 +8,7 @@ input.
 
     python benchmarks/recurrent.py --kind gru --threads 1 --repeats 15
 
-``--compile-only`` fills the compiler's caches, so that several processes can do that at once.
+With ``--turns`` several processes compile at once and measure one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import PRECISIONS, Step, measure, memory_of, parser, set_up, smallest_cosine, use_precision
+from measuring import (
+    PRECISIONS,
+    Step,
+    add_turns,
+    alone,
+    captured,
+    measure,
+    memory_of,
+    parser,
+    set_up,
+    smallest_cosine,
+    use_precision,
+    use_side_stream,
+)
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
@@ -88,12 +101,15 @@ def main() -> None:
     add("--kind", choices=list(KINDS), default="gru")
     add("--precision", choices=PRECISIONS, default="float32")
     add("--settings", nargs="*", help="some of: " + ", ".join(SETTINGS))
-    add("--compile-only", action="store_true")
+    add("--cuda-graphs", action="store_true", help="also the whole step in a CUDA graph")
+    add_turns(made)
     add("--loops", action="store_true", help="also a loop in Python and torch's scan (GRU)")
     add("--shape", type=int, nargs=4, metavar=("T", "B", "I", "H"), action="append")
     arguments = made.parse_args()
     set_up(arguments)
     dtype = use_precision(arguments.precision)
+    if arguments.cuda_graphs:
+        use_side_stream()
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     print(f"{arguments.kind}, {arguments.precision}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
@@ -114,19 +130,21 @@ def main() -> None:
             steps["loop, eager"] = Step(module, loop, x, direction)
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
-        if arguments.compile_only:
-            for step in steps.values():
-                step()
-            continue
         exact = [g.clone() for g in steps["torch, eager"]()]
         cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
-        megabytes = {name: memory_of(step) for name, step in steps.items()}
-        times = measure(steps, arguments.repeats)
+        replays = {}
+        with alone(arguments.turns, arguments.processes):
+            megabytes = {name: memory_of(step) for name, step in steps.items()}
+            times = measure(steps, arguments.repeats)
+            if arguments.cuda_graphs:
+                replays = measure(captured(steps), arguments.repeats)
         print(f"\n{arguments.kind}, T = {steps_}, B = {batch}, I = {inputs}, H = {hidden}")
         for name, ms in times.items():
             ratio = times["torch, eager"] / ms
             figures = f"{ms:9.2f} ms  {ratio:5.2f}x  cosine {cosines[name]:.4f}  {megabytes[name]:7.1f} MB"
-            print(f"  {name:20} {figures}")
+            replayed = replays.get(name)
+            graph = f"  in a CUDA graph {replayed:9.2f} ms" if replayed else ""
+            print(f"  {name:20} {figures}{graph}", flush=True)
 
 
 if __name__ == "__main__":

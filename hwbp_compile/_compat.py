@@ -62,7 +62,8 @@ def trace_shapes(
 
     mode = _fake_mode(differentiable) or FakeTensorMode()
     shapes = [(tuple(x.shape), x.dtype, x.device) for x in (*differentiable, *others)]
-    with _disable_current_modes(), mode:
+    # Autograd's threads, one per GPU, and this one would share the mode's state.
+    with _disable_current_modes(), mode, torch.autograd.set_multithreading_enabled(False):
         values = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
         for value in values[: len(differentiable)]:
             value.requires_grad_()

@@ -65,13 +65,20 @@ STEP_CASES = {
 def arguments(
     program: StepProgram, steps: int, batch: int, device: str = "cpu"
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Random initial states, inputs and shared values; positive, as some cells divide by their state."""
+    """Random initial states, inputs and shared values; positive, as some cells divide by their state.
+
+    But for matrices, with which nothing is to grow.
+    """
 
     def like(nodes: Sequence[Any], *more: int) -> list[Tensor]:
-        values = [n.meta["val"] for n in nodes]
-        shapes = [[*more, *(batch if n == ROWS else n for n in v.shape)] for v in values]
-        made = [torch.rand(s, dtype=torch.float64, device=device) / 2 + 0.25 for s in shapes]
-        return [x.to(v.dtype) for x, v in zip(made, values, strict=True)]
+        found = []
+        for value in (n.meta["val"] for n in nodes):
+            shape = [*more, *(batch if n == ROWS else n for n in value.shape)]
+            x = torch.rand(shape, dtype=torch.float64, device=device) / 2 + 0.25
+            if value.dim() > 1 and ROWS not in value.shape:
+                x = (x - 0.5) * 4 * value.shape[-2] ** -0.5
+            found.append(x.to(value.dtype))
+        return found
 
     return like(program.carry), like(program.inputs, steps), like(program.shared)
 

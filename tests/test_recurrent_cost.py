@@ -19,8 +19,8 @@ from hwbp_compile.recurrent.cost import Exact, Line, case_of, fastest_exact, ite
 def pretend(monkeypatch: pytest.MonkeyPatch, exact: float, iterated: float) -> None:
     """Seconds per step of an exact training step, and of an iterated backward pass."""
     nothing = Line(0.0, 0.0)
-    monkeypatch.setattr(cost, "fastest_exact", lambda _: Exact("kernels", nothing, Line(0.0, exact)))
-    monkeypatch.setattr(cost, "_forward_of_iteration", lambda _: nothing)
+    monkeypatch.setattr(cost, "fastest_exact", lambda *_: Exact("kernels", nothing, Line(0.0, exact)))
+    monkeypatch.setattr(cost, "_forward_of_iteration", lambda *_: nothing)
     monkeypatch.setattr(cost, "iteration_seconds", lambda case, settings, steps: iterated * steps)
 
 
@@ -51,7 +51,7 @@ def test_scans_are_decided_on_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_measured_is_left_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: object) -> Exact:
+    def fails(*_: object) -> Exact:
         raise MemoryError("no room")
 
     monkeypatch.setattr(cost, "fastest_exact", fails)
@@ -75,7 +75,7 @@ def test_measurements(key: str) -> None:
     carry = [torch.zeros(2, 8)] * (2 if key == "lstm" else 1)
     case, steps = case_of(key, [torch.randn(40, 2, 3)], carry, list(module.parameters()))
     assert steps == 40
-    for measured in (cost._measure_kernels(case), cost._measure_library(case), fastest_exact(case)):
+    for measured in (cost._measure_kernels(case), cost._measure_library(case), fastest_exact(case, 64)):
         assert measured is not None
         assert measured.forward.at(100) > 0
         assert measured.backward.at(100) > 0

@@ -12,8 +12,9 @@ from torch.fx import Node
 
 from .. import _compat
 from ..errors import CannotRewrite
+from ..rates import now
 from .step_program import LARGEST_MATRIX, ROWS, StepProgram
-from .step_triton_source import Shape, recurrence_source
+from .step_triton_source import Shape, is_matrix, recurrence_source
 
 _TYPES = {
     torch.float32: "tl.float32",
@@ -23,6 +24,7 @@ _TYPES = {
 }
 _REGISTERS = 20_000
 """32-bit numbers that the weights may take in the registers of a program that works on one row."""
+_TRIED_ROWS, _TRIED_STEPS = 16, 128
 _HELD = 110_000
 """Bytes of weights that programs hold which use the matrix units."""
 
@@ -78,29 +80,39 @@ class TritonRecurrence:
         )
         self.source = recurrence_source(program, shape, reverse=reverse)
         self._rows = rows
-        self._warps = (4 if words > 1_000 else 1) if rows == 1 else 8
+        self._warps = 8
         try:
             self.kernel = _compat.load_generated(self.source).kernel
             if device is not None:
-                self._try(device)
+                self._try(device, _warps(words) if rows == 1 else (8,))
         except Exception as error:  # no Triton, or one that finds the kernel too large
             first = (str(error).strip().splitlines() or [""])[0]
             raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
 
-    def _try(self, device: torch.device) -> None:
-        """Compile the kernel, and run it for two steps of one row."""
+    def _try(self, device: torch.device, candidates: Sequence[int]) -> None:
+        """Compile the kernel, and see how many warps are the fastest."""
 
         def like(nodes: Sequence[Node], *more: int) -> list[Tensor]:
             return [
                 torch.zeros(
-                    [*more, *(1 if n == ROWS else n for n in x.meta["val"].shape)],
+                    [*more, *(_TRIED_ROWS if n == ROWS else n for n in x.meta["val"].shape)],
                     dtype=x.meta["val"].dtype,
                     device=device,
                 )
                 for x in nodes
             ]
 
-        self(like(self.program.carry), like(self.program.inputs, 2), like(self.program.shared))
+        program, seconds = self.program, {}
+        given = like(program.carry), like(program.inputs, _TRIED_STEPS), like(program.shared)
+        for self._warps in candidates:
+            self(*given)  # compiles
+            times = []
+            for _ in range(3):
+                start = now(device)
+                self(*given)
+                times.append(now(device) - start)
+            seconds[self._warps] = min(times)
+        self._warps = min(seconds, key=seconds.__getitem__)
 
     def results(self, initial: Sequence[Tensor], steps: int) -> list[Tensor]:
         """Tensors for what is returned: states, ``[T + 1, B, ...]`` or the last ones, and what is emitted."""
@@ -126,8 +138,9 @@ class TritonRecurrence:
         for x, dim in zip(inputs, self._batch_dims[0], strict=True):
             read.append((x.movedim(1 + dim, 1) if dim else x).contiguous())
         read = [x[-1] if self._reverse else x for x in read]
-        for x, dim in zip(shared, self._batch_dims[1], strict=True):
-            read.append((x.movedim(dim, 0) if dim else x).contiguous())
+        for x, node, dim in zip(shared, self.program.shared, self._batch_dims[1], strict=True):
+            matrix = is_matrix(self.program.shape(node))
+            read.append(x.mT.contiguous() if matrix else (x.movedim(dim, 0) if dim else x).contiguous())
         read += [x.contiguous() for x in initial]
         n, last = len(initial), self._reverse
         written = [x[-1] if last and self.program.keep else x for x in results[:n]]
@@ -137,6 +150,13 @@ class TritonRecurrence:
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
             self.kernel[grid](*read, *written, steps, batch, 0, num_warps=self._warps, num_stages=1)
         return results
+
+
+def _warps(words: int) -> tuple[int, ...]:
+    """Promising numbers of warps for so many weights in registers."""
+    # A thread has 255 registers.
+    fewest = 1 << max(words // 4096, 1).bit_length() - 1
+    return fewest, 2 * fewest
 
 
 def _batch_dim(shape: tuple[int, ...]) -> int:

@@ -67,9 +67,10 @@ class Shape:
 def recurrence_source(program: StepProgram, shape: Shape, *, reverse: bool) -> str:
     """A module with the function ``kernel``.
 
-    Its arguments: the inputs, what the steps share, the initial states, then where to write the states (all,
-    the initial one first, or the last ones) and what is emitted; the number of steps, of rows, and a zero of
-    which the compiler knows nothing. What there is for each step is given from the first step to be run on.
+    Its arguments: the inputs, what the steps share (matrices column by column), the initial states, then
+    where to write the states (all, the initial one first, or the last ones) and what is emitted; the number
+    of steps, of rows, and a zero of which the compiler knows nothing. What there is for each step is given
+    from the first step to be run on.
 
     Raises:
         CannotRewrite: the step does something that is not written here, or mixes the rows of the batch.
@@ -175,10 +176,13 @@ class _Source:
         return f"{LIBRARY}\n\n@triton.jit({never})\ndef kernel({', '.join(names)}):\n{function}\n"
 
     def _placed(self, node: Node, memory: Memory) -> Value:
-        """A tensor in memory: the batch first, else without gaps."""
-        shape = [n for n in self._program.shape(node) if n != ROWS]
-        places = torch.arange(math.prod(shape)).view(shape)
+        """A tensor in memory: the batch first, else without gaps, matrices column by column."""
         where = self._program.shape(node)
+        shape = [n for n in where if n != ROWS]
+        places = torch.arange(math.prod(shape))
+        if is_matrix(where) and node in self._program.shared:
+            return Value(places.view(*shape[:-2], shape[-1], shape[-2]).mT, memory)
+        places = places.view(shape)
         return Value(places.unsqueeze(where.index(ROWS)) if ROWS in where else places, memory)
 
     def _state(self, node: Node, number: int) -> Value:
@@ -675,6 +679,11 @@ class _Source:
 def _tile(run: Run) -> int:
     assert run.tile is not None
     return run.tile
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether what all steps share is read column by column: its products are then summed within threads."""
+    return len(shape) > 1 and ROWS not in shape
 
 
 def _has_rows(node: Node) -> bool:
