@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from hwbp_compile.report.closeness import closeness, with_direction
 
+_PATIENCE = 100
+"""Seconds to wait for other processes, one of which may have failed."""
+
 
 class Step:
     """Forward and backward pass of a module, under a loss that is a random linear function of its output.
@@ -125,7 +128,8 @@ def alone(folder: Path | None, processes: int = 0) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"ready-{os.getpid()}").touch()
-    while sum(1 for _ in folder.glob("ready-*")) < processes:
+    end = time.perf_counter() + _PATIENCE
+    while sum(1 for _ in folder.glob("ready-*")) < processes and time.perf_counter() < end:
         time.sleep(0.1)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
