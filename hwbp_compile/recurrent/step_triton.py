@@ -14,7 +14,8 @@ from .. import _compat
 from ..errors import CannotRewrite
 from ..rates import now
 from .step_program import LARGEST_MATRIX, ROWS, StepProgram
-from .step_triton_source import Shape, is_matrix, recurrence_source
+from .step_triton_source import is_matrix, recurrence_source
+from .step_triton_writer import Shape
 
 _TYPES = {
     torch.float32: "tl.float32",
