@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,31 @@ def test_nothing_random_and_no_setting_is_touched() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert (torch.is_grad_enabled(), torch.get_num_threads()) == (grad, threads)
     assert all(w.grad is None for w in weights)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "key", "more"),
+    [
+        (nn.GRU, "gru", {}),
+        (nn.LSTM, "lstm", {}),
+        (nn.LSTM, "lstm", {"proj_size": 2}),
+        (nn.RNN, "rnn_relu", {"nonlinearity": "relu"}),
+    ],
+)
+def test_the_library_is_measured_with_weights_of_a_module(
+    kind: type[nn.RNNBase], key: str, more: dict[str, Any], bias: bool
+) -> None:
+    module = kind(3, 5, bias=bias, **more)
+    weights = list(module.parameters())
+    weights[0].requires_grad_(False)
+    state = torch.get_rng_state()
+    carry = [torch.zeros(2, more.get("proj_size", 5)), torch.zeros(2, 5)][: 2 if key == "lstm" else 1]
+    case, _ = case_of(key, [torch.zeros(4, 2, 3)], carry, weights)
+    found = cost._weights_of_module(case)
+    assert [w.shape for w in found] == [w.shape for w in weights]
+    assert [w.requires_grad for w in found] == [False] + [True] * (len(weights) - 1)
+    assert torch.equal(state, torch.get_rng_state())
+    measured = cost._measure_library(case)
+    assert measured is not None
+    assert measured.forward.at(10) > 0 < measured.backward.at(10)

@@ -14,6 +14,7 @@ from hwbp_compile.errors import CannotRewrite
 from hwbp_compile.recurrent.step_triton import TritonRecurrence
 
 INTERPRETED = """
+import sys
 import torch
 from compare import relative_error
 from step_programs import STEP_CASES, arguments, run_steps
@@ -23,9 +24,9 @@ PRECISIONS = [
     (torch.float64, 1, 1e-11, 4, 5), (torch.float32, 16, 5e-6, 2, 17),
     (torch.float32, 1, 5e-6, 1, 1), (torch.float16, 16, 1e-2, 3, 2), (torch.bfloat16, 1, 5e-2, 3, 2),
 ]
-FEW = ("gru 6", "layer norm lstm", "block gru")
-for name, case in STEP_CASES.items():
-    for dtype, rows, tolerance, steps, batch in PRECISIONS if name in FEW else PRECISIONS[:2]:
+for name in sys.argv[1:]:
+    case = STEP_CASES[name]
+    for dtype, rows, tolerance, steps, batch in PRECISIONS if case.hidden == 6 else PRECISIONS[:2]:
         if case.hidden > 100 and rows == 1:
             continue
         torch.manual_seed(0)
@@ -65,18 +66,33 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("script", [INTERPRETED, COMPILED], ids=["interpreted", "compiled"])
-def test_kernels(script: str, request: pytest.FixtureRequest) -> None:
+FEW = ["gru 6", "s lstm", "block gru", "gru 40"]
+"""One with one gate after the other, several states and maxima, blocks, and tiles that are filled up."""
+
+
+def run(script: str, *arguments: str, interpret: bool) -> None:
+    """In a process of its own: Triton decides at import whether it interprets."""
     pytest.importorskip("triton", minversion="3.9", reason="Triton's interpreter needs 3.9 for today's NumPy")
-    if "compiled" in request.node.name:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    else:
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.path.dirname(__file__)
-    # Triton decides at import whether it interprets.
-    command = [sys.executable, "-W", "ignore", "-c", script]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.path.dirname(__file__)} | (
+        {"TRITON_INTERPRET": "1"} if interpret else {}
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.strip() == "done", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [FEW, pytest.param([n for n in STEP_CASES if n not in FEW], marks=pytest.mark.slow)],
+    ids=["few", "others"],
+)
+def test_interpreted(names: list[str]) -> None:
+    run(INTERPRETED, *names, interpret=True)
+
+
+def test_compiled() -> None:
+    run(COMPILED, interpret=False)
 
 
 @pytest.mark.parametrize(
@@ -104,3 +120,19 @@ def test_a_value_is_cut_where_it_is_taken_apart() -> None:
     source = TritonRecurrence(program, torch.float32, reverse=False).source
     # Three gates, each a product of its own, and no copy between them.
     assert source.count("tl.sum(k_") == 3
+
+
+def test_what_is_too_large_for_some_numbers_of_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, _ = next(STEP_CASES["gru 6"].programs(torch.float32))
+    kernel = TritonRecurrence(program, torch.float32, reverse=False)
+    monkeypatch.setattr("hwbp_compile.recurrent.step_triton._TRIED_STEPS", 1)
+
+    def run(self: TritonRecurrence, *_: object) -> None:
+        if self._warps < 4:
+            raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(TritonRecurrence, "__call__", run)
+    kernel._try(torch.device("cpu"), (1, 2, 4))
+    assert kernel._warps == 4
+    with pytest.raises(RuntimeError, match="out of registers"):
+        kernel._try(torch.device("cpu"), (1, 2))

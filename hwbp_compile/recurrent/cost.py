@@ -12,9 +12,10 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from .. import _compat
@@ -31,6 +32,8 @@ from .recurrence import kernel_name
 
 log = logging.getLogger(__name__)
 
+_SMALL = 0.01
+"""What all tensors are filled with while something is measured."""
 _PATIENCE = 0.1
 """Seconds after which a measurement is not repeated once more."""
 
@@ -93,7 +96,7 @@ class Case:
         """Small numbers, so that nothing overflows and nothing is denormal."""
         made = []
         for shape, wanted in group:
-            x = torch.full((*more, *shape), 0.01, dtype=self.dtype, device=self.device)
+            x = torch.full((*more, *shape), _SMALL, dtype=self.dtype, device=self.device)
             made.append(x.requires_grad_(wanted))
         return made
 
@@ -241,7 +244,7 @@ def _measure_library(case: Case) -> Exact | None:
         return None
 
     def forward(steps: int) -> Callable[[], object]:
-        x, h, w = case.like(case.inputs, steps), case.like(case.carry), case.like(case.weights)
+        x, h, w = case.like(case.inputs, steps), case.like(case.carry), _weights_of_module(case)
         y = call_library(x[0], h, w, case.key, training=True)[0]
         wanted = [t for t in (*x, *h, *w) if t.requires_grad]
         cotangent = y.detach()
@@ -255,6 +258,24 @@ def _measure_library(case: Case) -> Exact | None:
         return Exact("library", *_time(case, forward, longest))
 
 
+def _weights_of_module(case: Case) -> list[Tensor]:
+    """Weights in one piece of memory, as modules hold them: otherwise cuDNN copies them in each call."""
+    (gates, inputs), wanted = case.weights[0][0], [w for _, w in case.weights]
+    biased, projected = len(case.weights) > 3, len(case.weights) in (3, 5)
+    more: dict[str, Any] = {"proj_size": case.weights[-1][0][0]} if projected else {}
+    if case.key.startswith("rnn"):
+        more["nonlinearity"] = case.key.removeprefix("rnn_")
+    kind, number = {"gru": (nn.GRU, 3), "lstm": (nn.LSTM, 4)}.get(case.key, (nn.RNN, 1))
+    # Not initialised, which would draw random numbers.
+    module = kind(inputs, gates // number, bias=biased, device="meta", dtype=case.dtype, **more)
+    module.to_empty(device=case.device)
+    weights: list[Tensor] = list(module.parameters())
+    for weight, needed in zip(weights, wanted, strict=True):
+        weight.detach().fill_(_SMALL)
+        weight.requires_grad_(needed)
+    return weights
+
+
 def _time(case: Case, forward: Callable[[int], Callable[[], object]], longest: int) -> tuple[Line, Line]:
     """Of a forward pass over so many steps, and of the backward pass that it returns."""
     rows = case.carry[0][0][0] if case.carry[0][0] else 1
@@ -262,6 +283,7 @@ def _time(case: Case, forward: Callable[[int], Callable[[], object]], longest: i
     longer = int(min(max(budget(case.device) / max(flops, 1), 2), longest))
     lengths = max(longer // 4, 1), longer
     seconds = []
+    forward(lengths[0])()  # what a library does once, such as loading its kernels
     for steps in lengths:
         best = [math.inf, math.inf]
         begun = now(case.device)

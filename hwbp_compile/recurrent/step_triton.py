@@ -25,9 +25,10 @@ _TYPES = {
 }
 _REGISTERS = 20_000
 """32-bit numbers that the weights may take in the registers of a program that works on one row."""
-_TRIED_ROWS, _TRIED_STEPS = 16, 128
 _HELD = 110_000
 """Bytes of weights that programs hold which use the matrix units."""
+_TRIED_ROWS, _TRIED_STEPS = 16, 128
+"""The size of the batch and the number of steps with which a kernel is tried."""
 
 
 class TritonRecurrence:
@@ -91,7 +92,7 @@ class TritonRecurrence:
             raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
 
     def _try(self, device: torch.device, candidates: Sequence[int]) -> None:
-        """Compile the kernel, and see how many warps are the fastest."""
+        """Compile the kernel, and see how many warps are the fastest; raises what Triton says if none do."""
 
         def like(nodes: Sequence[Node], *more: int) -> list[Tensor]:
             return [
@@ -103,10 +104,16 @@ class TritonRecurrence:
                 for x in nodes
             ]
 
-        program, seconds = self.program, {}
+        program = self.program
+        seconds: dict[int, float] = {}
         given = like(program.carry), like(program.inputs, _TRIED_STEPS), like(program.shared)
         for self._warps in candidates:
-            self(*given)  # compiles
+            try:
+                self(*given)  # compiles
+            except Exception:  # too large for so few, or so many
+                if self._warps == candidates[-1] and not seconds:
+                    raise
+                continue
             times = []
             for _ in range(3):
                 start = now(device)

@@ -134,7 +134,8 @@ def _module(writer: Writer, program: StepProgram, forth: str) -> str:
     def step(name: str) -> str:
         return f"(batch * {size[name]})" if has_rows(node_of[name]) else str(size[name])
 
-    first = f"tl.program_id(0) * {writer.shape.rows} + tl.arange(0, {writer.shape.rows})"
+    count = writer.shape.rows
+    first = f"tl.program_id(0) * {count} + tl.arange(0, {count})" if count > 1 else "tl.program_id(0)"
     kept = names["y"] if program.keep else []
     body = [
         # In the last step, that step's own inputs are loaded once more.
@@ -148,7 +149,9 @@ def _module(writer: Writer, program: StepProgram, forth: str) -> str:
         *(f"p_{n} {forth}= {step(n)}" for n in names["e"]),
     ]
     lines = [
-        "row = " + (f"({first}){rows}" if rows else "tl.program_id(0)"),
+        # Tensors may have more than 2^31 elements.
+        f"row = ({first}).to(tl.int64){rows}",
+        "batch = batch.to(tl.int64)",
         *(["inside = row < batch"] if rows else []),
         *map(start, node_of),
         *(f"c{1 << i} = tl.arange(0, {1 << i}){across}" for i in range(writer.shape.widest.bit_length())),
