@@ -2,7 +2,7 @@
 # All checks that need a CUDA device, in parts: benchmarks/gpu.sh [tests] [layers] [cells] [decision] [depth]
 # Without arguments, all of them. What each takes on an H200 with 16 cores, compilation included, stands beside it.
 # PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the results.
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=${OUT:-gpu-results}

@@ -66,6 +66,69 @@ print("done")
 """
 
 
+CHAINED = """
+import torch
+from hwbp_compile.recurrent import recurrence
+from hwbp_compile.recurrent.backward import EXACT, Settings
+from hwbp_compile.recurrent.cells import STEPS
+from hwbp_compile.recurrent.function import recurrent_cell, understand
+recurrence._is_for_cpp = lambda device: False
+H, B, T = 6, 5, 4
+
+def softmax(h, x, w, c):
+    z = h @ w.t() * 0.9 + x
+    return torch.exp(z - z.amax(-1, keepdim=True)) * 0.5 + 0.3 * h
+
+def widened(h, x, w, c):
+    far = h.detach().double() * 1e8
+    return torch.tanh(h @ w.t()) + ((far + x.double()) - far).to(h.dtype)
+
+all_, single, half = [torch.float64], [torch.float32], [torch.float16, torch.bfloat16]
+CELLS = {  # of one state: dtypes, whether there is a kernel
+    "plain": (lambda h, x, w, c: torch.tanh(h @ w.t() + x), all_ + single, True),
+    "first row kept": (lambda h, x, w, c: torch.tanh(h @ w.t() + h[:1] + x), all_, False),
+    "first row": (lambda h, x, w, c: torch.tanh(h @ w.t() + 0.3 * h[0] + x), all_, False),
+    "first input": (lambda h, x, w, c: torch.tanh(h @ w.t() + h * x[:1]), all_, False),
+    "rows moved": (lambda h, x, w, c: torch.tanh(torch.cat([w[:1], h], 0)[:-1] * x + h), all_, False),
+    "extremum": (softmax, all_ + single + half, False),
+    "widened": (widened, single, False),
+    "narrowed": (lambda h, x, w, c: torch.tanh((h @ w.t() * 100).half().to(h.dtype) + x), single, False),
+    "both": (lambda h, x, w, c: ((h > 0.3) + (x > 0.4)) * torch.tanh(h @ w.t()) + x, all_, False),
+    "either": (lambda h, x, w, c: ((h > 0.3) | (x > 0.4)) * torch.tanh(h @ w.t()) + x, all_, True),
+    "any number": (lambda h, x, w, c: torch.logical_and(h, x > 0) * torch.tanh(h @ w.t()) + x, all_, True),
+    "no input": (lambda h, x, w, c: torch.tanh(h @ w.t()), all_, True),
+    "linear": (lambda h, x, w, c: 0.5 * h + x, all_, True),
+    "of each sample": (lambda h, x, w, c: torch.tanh(h @ w.t() + c * x), all_, True),
+    "scaled": (lambda h, x, w, c: torch.add(torch.addcmul(x, h, h, value=0.3), h, alpha=-0.5), all_, True),
+}
+
+for name, (cell, dtypes, has_kernel) in CELLS.items():
+    STEPS[name] = lambda carry, inputs, weights, cell=cell: (cell(carry[0], inputs[0], *weights),)
+    for dtype in dtypes:
+        torch.manual_seed(0)
+        shapes = ((T, B, H), (B, H), (H, H), (B, H))
+        x, h, w, c = leaves = [(0.4 * torch.randn(s)).to(dtype).requires_grad_() for s in shapes]
+        loop = understand(name, [x[0].detach()], [h.detach()], [w.detach(), c.detach()])[1]
+        assert has_kernel != bool(loop), (name, loop)
+        for over_time in (True, False):
+            (states,), (last,) = recurrent_cell([x], [h], [w, c], name, Settings(EXACT))
+            state, expected = h, [h]
+            for each in x:
+                state = cell(state, each, w, c)
+                expected.append(state)
+            expected = torch.stack(expected)
+            results = (states, expected) if over_time else (last, expected[-1])
+            direction = torch.randn_like(results[0])
+            found, exact = (
+                torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True) for y in results
+            )
+            tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 5e-2)
+            for a, b in zip((states, *found), (expected, *exact)):
+                a, b = (torch.zeros(()) if t is None else t.double() for t in (a, b))
+                torch.testing.assert_close(a.expand_as(b), b, rtol=tolerance, atol=tolerance, msg=name)
+print("done")
+"""
+
 FEW = ["gru 6", "s lstm", "block gru", "gru 40"]
 """One with one gate after the other, several states and maxima, blocks, and tiles that are filled up."""
 
@@ -89,6 +152,11 @@ def run(script: str, *arguments: str, interpret: bool) -> None:
 )
 def test_interpreted(names: list[str]) -> None:
     run(INTERPRETED, *names, interpret=True)
+
+
+def test_from_forward_to_backward() -> None:
+    """Also of cells that no kernel may be made for."""
+    run(CHAINED, interpret=True)
 
 
 def test_compiled() -> None:

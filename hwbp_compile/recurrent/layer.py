@@ -80,7 +80,7 @@ def _recurrent_layer(
     reason = why_no_kernels(kind, [x[0]], carry, weights)
     sweeps = exact and trains and not watched
     if not reason and not kernels_are_faster([x], carry, weights, kind, backward=sweeps):
-        reason = "it takes less time here than our kernels"
+        reason = "that takes less time here than our kernels"
     if not reason:
         states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
         return [own(states[0][1:]), *last]

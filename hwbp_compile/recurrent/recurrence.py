@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import CannotRewrite
+from ..passes.linear_ops import op_name
 from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS, steps_for_any_batch
 from .step_cpp import CppRecurrence
@@ -217,16 +218,31 @@ def _compiled(given: Any) -> Kernel | str:
 
 def _written(cell: CellGraph, given: Any, dtype: torch.dtype) -> Kernel | str:
     added, device = given["backward"], torch.device(given["device"])
-    reverse, on_cpu = added is not None, device.type == "cpu"
+    reverse, in_cpp = added is not None, _is_for_cpp(device)
     try:
         if reverse:
             # On a GPU all steps' gradients at once are the faster.
-            program = backward_program(cell, added, given["wanted"], on_the_way=on_cpu)
+            program = backward_program(cell, added, given["wanted"], on_the_way=in_cpp)
         else:
             program = forward_program(cell, emit=given["emit"])
-        if on_cpu:
+        if in_cpp:
             return CppRecurrence(program, dtype, reverse=reverse)
-        exact = given["exact_products"]
-        return TritonRecurrence(program, dtype, reverse=reverse, exact_products=exact, device=device)
+        _check_extrema(cell, program)
+        exact, tried = given["exact_products"], device if device.type == "cuda" else None
+        return TritonRecurrence(program, dtype, reverse=reverse, exact_products=exact, device=tried)
     except CannotRewrite as refusal:
         return refusal.reason
+
+
+def _is_for_cpp(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _check_extrema(cell: CellGraph, program: StepProgram) -> None:
+    """Refuse what finds the place of an extremum by comparing it with what is computed once more.
+
+    Rounded otherwise, it would be equal to nothing, and its gradient 0 / 0.
+    """
+    for i in (*program.read, *program.emitted):
+        if op_name(cell.nodes[i]) in ("aten::amax", "aten::amin"):
+            raise CannotRewrite("the gradient of an extremum has no translation")

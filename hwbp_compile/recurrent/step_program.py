@@ -272,7 +272,8 @@ def _program(
 
     carry = tuple(placeholder(n, f"state_{i}") for i, n in enumerate(entry))
     copies.update(zip(entry, carry, strict=True))
-    read = [n for n in outside if n in cell.differing]
+    # Without anything to read, nothing would tell the number of steps.
+    read = [n for n in outside if n in cell.differing] or list(cell.inputs[:1])
     shared = [n for n in outside if n not in cell.differing]
     copies.update((n, placeholder(n, f"input_{i}")) for i, n in enumerate(read))
     wanted = added or [False] * len(carry)

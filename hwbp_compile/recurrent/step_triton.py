@@ -62,8 +62,8 @@ class TritonRecurrence:
         self._batch_dims = [
             [_batch_dim(program.shape(n)) for n in nodes] for nodes in (program.inputs, program.shared)
         ]
-        matrices = [n for n in program.shared if len(program.shape(n)) > 1]
-        size = sum(math.prod(program.shape(n)) for n in matrices)
+        shapes = [program.shape(n) for n in program.shared]
+        size = sum(math.prod(s) for s in shapes if is_matrix(s))
         words = size * (2 if dtype == torch.float64 else 1)
         if rows is None:
             rows = 1 if words <= _REGISTERS else 16
@@ -79,14 +79,17 @@ class TritonRecurrence:
             wide="tl.float64" if dtype == torch.float64 else "tl.float32",
             narrow=_TYPES[dtype],
             precision="tf32x3" if exact_products else "tf32",
+            types=frozenset({dtype, torch.float32} if dtype.itemsize < 4 else {dtype}),
         )
-        self.source = recurrence_source(program, shape, reverse=reverse)
         self._rows = rows
         self._warps = 8
         try:
+            self.source = recurrence_source(program, shape, reverse=reverse)
             self.kernel = _compat.load_generated(self.source).kernel
             if device is not None:
                 self._try(device, _warps(words) if rows == 1 else (8,))
+        except CannotRewrite:
+            raise
         except Exception as error:  # no Triton, or one that finds the kernel too large
             first = (str(error).strip().splitlines() or [""])[0]
             raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
@@ -148,6 +151,7 @@ class TritonRecurrence:
         read = [x[-1] if self._reverse else x for x in read]
         for x, node, dim in zip(shared, self.program.shared, self._batch_dims[1], strict=True):
             matrix = is_matrix(self.program.shape(node))
+            x = x.to(first.device)  # a number may be on the CPU
             read.append(x.mT.contiguous() if matrix else (x.movedim(dim, 0) if dim else x).contiguous())
         read += [x.contiguous() for x in initial]
         n, last = len(initial), self._reverse

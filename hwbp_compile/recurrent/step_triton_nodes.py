@@ -16,10 +16,10 @@ from ..passes.linear_ops import op_name
 from .step_operators import COPIES, RESHAPES, VIEWS
 from .step_program import ROWS
 from .step_tiles import Run, Tile, Value, lines_along, one_row
-from .step_triton_operators import POINTWISE, REDUCTIONS, TRUTH, constant
+from .step_triton_operators import LOGICAL, POINTWISE, REDUCTIONS, TRUTH, constant
 from .step_triton_products import product
 from .step_triton_reductions import reduction, var_mean
-from .step_triton_writer import Writer, rowless
+from .step_triton_writer import Writer, has_rows, rowless
 
 
 def write(writer: Writer, node: Node) -> Any:
@@ -68,10 +68,7 @@ def _view(writer: Writer, node: Node) -> Any:
     source: Any = node.args[0]
     value, name = writer.values[source], op_name(node)
     if name in ("prims::convert_element_type", "aten::_to_copy"):
-        # All is computed in one type, but for truth values.
-        if source.meta["val"].dtype == torch.bool and node.meta["val"].dtype != torch.bool:
-            return _elementwise(writer, node, [source], lambda x: f"({x}).to({writer.shape.wide})", False)
-        return value
+        return _converted(writer, node, source)
     if name in COPIES:
         return value
     view: Any = torch.ops.aten.reshape.default if name in RESHAPES else node.target
@@ -83,23 +80,35 @@ def _view(writer: Writer, node: Node) -> Any:
     parts, results = (found, node.meta["val"]) if several else ([found], [node.meta["val"]])
     if any(tuple(part.shape) != rowless(result) for part, result in zip(parts, results, strict=True)):
         raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
+    if has_rows(source) and any(ROWS not in result.shape for result in results):
+        raise CannotRewrite(f"{node.target} picks some rows of the batch", node)
     values = [value.view(part) for part in parts]
     return values if several else values[0]
 
 
+def _converted(writer: Writer, node: Node, source: Node) -> Value:
+    """All is computed in one type: truth values become numbers, and half precision is widened anyway."""
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    if before == torch.bool and after.is_floating_point:
+        return _elementwise(writer, node, [source], lambda x: f"({x}).to({writer.shape.wide})", False)
+    if before != after and not {before, after} <= writer.shape.types:
+        raise CannotRewrite(f"{node.target} converts {before} to {after}", node)
+    value: Value = writer.values[source]
+    return value
+
+
 def _pointwise(writer: Writer, node: Node, name: str) -> Value:
-    if name == "aten::where" and node.meta["val"].dtype == torch.bool:
-        raise CannotRewrite(f"{node.target} chooses between truth values", node)
+    if node.meta["val"].dtype == torch.bool and name not in TRUTH:
+        raise CannotRewrite(f"{node.target} of truth values has no translation", node)
     operands = list(dict.fromkeys(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node)))
     order = {n: i for i, n in enumerate(operands)}
 
     def formula(*names: str) -> str:
         args = [names[order[a]] if isinstance(a, Node) else constant(a) for a in node.args]
-        named = {k: names[order[v]] if isinstance(v, Node) else v for k, v in node.kwargs.items()}
+        named = {k: names[order[v]] if isinstance(v, Node) else constant(v) for k, v in node.kwargs.items()}
         return POINTWISE[name](*args, **named)
 
-    is_bool = name in TRUTH or node.meta["val"].dtype == torch.bool
-    return _elementwise(writer, node, operands, formula, is_bool)
+    return _elementwise(writer, node, operands, formula, name in TRUTH)
 
 
 def _elementwise(
@@ -112,8 +121,8 @@ def _elementwise(
         names = []
         for value, run, operand in zip(values, pieces, operands, strict=True):
             expression, truth = writer.operand(run, value)
-            loaded = operand.meta["val"].dtype == torch.bool and not truth
-            names.append(f"({expression} != 0)" if loaded else expression)
+            wanted = operand.meta["val"].dtype == torch.bool or op_name(node) in LOGICAL
+            names.append(f"({expression} != 0)" if wanted and not truth else expression)
         width, written = pieces[0].width, formula(*names)
         constant_in_rows = width > 1 and all(run.step == 0 for run in pieces)
         name = writer.assign(writer.spread(written, width) if constant_in_rows else written)
@@ -136,8 +145,10 @@ def _elementwise(
 def _cat(writer: Writer, node: Node) -> Value:
     parts: Any = node.args[0]
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if node.meta["val"].shape[dim] == ROWS or any(p.meta["val"].dtype == torch.bool for p in parts):
+    if any(p.meta["val"].shape[dim] == ROWS for p in parts):
         raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
+    if node.meta["val"].dtype == torch.bool:
+        raise CannotRewrite(f"{node.target} of truth values has no translation", node)
     shape = list(rowless(node))
     dim %= len(shape)
     values = []

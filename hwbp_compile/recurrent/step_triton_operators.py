@@ -63,12 +63,12 @@ def constant(x: Any) -> Any:
     return x
 
 
-def _scaled(x: str, alpha: Any) -> str:
-    return x if alpha == 1 else f"{alpha!r} * ({x})"
+def _scaled(x: str, alpha: str | None) -> str:
+    return x if alpha is None else f"{alpha} * ({x})"
 
 
 def _sum(sign: str) -> Callable[..., str]:
-    return lambda a, b, alpha=1: f"({a}) {sign} ({_scaled(b, alpha)})"
+    return lambda a, b, alpha=None: f"({a}) {sign} ({_scaled(b, alpha)})"
 
 
 def _divide(a: str, b: str, rounding_mode: Any = None) -> str:
@@ -108,7 +108,7 @@ _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": 
 POINTWISE: dict[str, Callable[..., str]] = {
     "add": _sum("+"),
     "sub": _sum("-"),
-    "rsub": lambda a, b, alpha=1: f"({b}) - ({_scaled(a, alpha)})",
+    "rsub": lambda a, b, alpha=None: f"({b}) - ({_scaled(a, alpha)})",
     "mul": lambda a, b: f"({a}) * ({b})",
     "div": _divide,
     "neg": lambda x: f"-({x})",
@@ -133,7 +133,7 @@ POINTWISE: dict[str, Callable[..., str]] = {
     "bitwise_or": lambda a, b: f"({a}) | ({b})",
     "logical_not": lambda x: f"({x}) == 0",
     "bitwise_not": lambda x: f"({x}) == 0",
-    "addcmul": lambda c, a, b, value=1: f"({c}) + {_scaled(f'({a}) * ({b})', value)}",
+    "addcmul": lambda c, a, b, value=None: f"({c}) + {_scaled(f'({a}) * ({b})', value)}",
     **{name: _function(name) for name in _FUNCTIONS},
     **{name: _comparison(sign) for name, sign in _COMPARISONS.items()},
 }
@@ -141,15 +141,22 @@ POINTWISE: dict[str, Callable[..., str]] = {
 POINTWISE = {f"aten::{name}": write for name, write in POINTWISE.items()}
 POINTWISE["prims::fma"] = lambda a, b, c: f"({a}) * ({b}) + ({c})"
 
-TRUTH = {f"aten::{name}" for name in (*_COMPARISONS, "logical_and", "logical_or", "logical_not")}
-"""Of them those that return truth values."""
+LOGICAL = {f"aten::logical_{name}" for name in ("and", "or", "not")}
+"""Of them those that take any number as a truth value."""
+TRUTH = LOGICAL | {f"aten::{name}" for name in (*_COMPARISONS, "bitwise_and", "bitwise_or", "bitwise_not")}
+"""Of them those that return truth values; for _check() lets no other integers in."""
 
 _PLUS = ("0.0", "{0} + {1}", "tl.sum({0}, {1}, keep_dims=True)", "({0}) * {1}")
 REDUCTIONS = {
     "aten::sum": _PLUS,
     "aten::mean": _PLUS,
-    "aten::amax": ('float("-inf")', "larger({0}, {1})", "tl.max({0}, {1}, keep_dims=True)", "{0}"),
-    "aten::amin": ('float("inf")', "smaller({0}, {1})", "tl.min({0}, {1}, keep_dims=True)", "{0}"),
+    "aten::amax": ('float("-inf")', "larger({0}, {1})", "tl.reduce({0}, {1}, larger, keep_dims=True)", "{0}"),
+    "aten::amin": (
+        'float("inf")',
+        "smaller({0}, {1})",
+        "tl.reduce({0}, {1}, smaller, keep_dims=True)",
+        "{0}",
+    ),
 }
 """Per reduction its neutral element, how two values are joined, how a tile is reduced along an axis, and what
 so many equal elements give."""

@@ -36,6 +36,7 @@ def var_mean(writer: Writer, node: Node) -> list[Value]:
     value, dims = _operand(writer, node)
     size = _count(value, dims)
     correction: Any = node.kwargs.get("correction", 1)
+    correction = 1 if correction is None else correction
     if lane_of([value], value.places.shape) not in dims:
         raise CannotRewrite(f"{node.target} over a dimension that is unrolled has no translation", node)
     var, mean = node.meta["val"]
@@ -62,6 +63,8 @@ def _operand(writer: Writer, node: Node) -> tuple[Value, list[int]]:
     dims = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
     if any(source.meta["val"].shape[d] == ROWS for d in dims):
         raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
+    if node.kwargs.get("dtype") not in (None, source.meta["val"].dtype):
+        raise CannotRewrite(f"{node.target} converts what it sums", node)
     return writer.in_tiles(source), dims
 
 

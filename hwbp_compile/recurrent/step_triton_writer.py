@@ -39,6 +39,7 @@ class Shape:
         wide: Triton's name of the type that is computed in.
         narrow: of the type that the matrix units are given.
         precision: Triton's name for what they do with float32.
+        types: that numbers may be converted between, as all are computed in one.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Shape:
     wide: str
     narrow: str
     precision: str
+    types: frozenset[torch.dtype]
 
 
 class Writer:

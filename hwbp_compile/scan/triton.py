@@ -29,6 +29,8 @@ _FEW = 1024
 """Programs that leave a part of a GPU idle."""
 _MANY_TILES = 8
 """Tiles from which on it pays to work on all of them at once, which reads everything twice."""
+_MOST_TILES = 65535
+"""The second size that CUDA allows of a grid."""
 
 
 @functools.cache
@@ -127,7 +129,7 @@ def kernel() -> Callable[..., Any] | None:
         given = (rows, columns, step, factor_step)
         # Triton launches on the current device, whatever the tensors'.
         with torch.cuda.device(v.device) if v.is_cuda else nullcontext():
-            if programs >= _FEW or tiles < _MANY_TILES:
+            if programs >= _FEW or not _MANY_TILES <= tiles <= _MOST_TILES:
                 start = out if initial is None else initial.contiguous()
                 walk[programs, 1](
                     terms, factors, start, out, *given, tiles * _TILE,
