@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from ..errors import CannotRewrite
 from ..passes.linear_ops import op_name
 from ..passes.program import canonical_order, externals_of
 from ..passes.replay import COMMUTE
@@ -249,6 +250,13 @@ def _can_be_returned(node: Node, rows: bool) -> bool:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
         return False
     return value.shape[0] == ROWS or not rows
+
+
+def check_rows(node: Node, value: Tensor) -> None:
+    """Refuse a value of a node in which the dimension of rows is merged with another, or there twice."""
+    merged = any(size != ROWS and size % ROWS == 0 and size for size in value.shape)
+    if merged or sum(size == ROWS for size in value.shape) > 1:
+        raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
 
 
 def _program(

@@ -15,7 +15,7 @@ from ..errors import CannotRewrite
 from ..passes.linear_ops import nodes_in, op_name
 from .step_layout import ROWS_STRIDE, Value, align, collapse, compact, placed_rows, row_size
 from .step_operators import COPIES, PLUS, POINTWISE, REDUCTIONS, RESHAPES, VIEWS, number
-from .step_program import ROWS, StepProgram
+from .step_program import ROWS, StepProgram, check_rows
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
 """Operators that are told where to write."""
@@ -101,9 +101,7 @@ class StepSource:
             chosen = op_name(node) == "aten::where" and value.dtype in (torch.int64, torch.int32)
             if not isinstance(value, Tensor) or not (chosen or value.dtype in (self._dtype, torch.bool)):
                 raise CannotRewrite(f"{node.target} makes values of another type", node)
-            merged = any(size != ROWS and size % ROWS == 0 and size for size in value.shape)
-            if merged or sum(size == ROWS for size in value.shape) > 1:
-                raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
+            check_rows(node, value)
 
     def _write(self, node: Node) -> None:
         name = op_name(node)

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..errors import CannotRewrite
 from ..passes.linear_ops import op_name
 from .step_operators import COPIES, RESHAPES, VIEWS
-from .step_program import ROWS
+from .step_program import ROWS, check_rows
 from .step_tiles import Run, Tile, Value, lines_along, one_row
 from .step_triton_operators import LOGICAL, POINTWISE, REDUCTIONS, TRUTH, constant
 from .step_triton_products import product
@@ -59,9 +59,7 @@ def _check(node: Node) -> None:
         chosen = op_name(node) == "aten::where" and value.dtype in (torch.int64, torch.int32)
         if not (chosen or value.is_floating_point() or value.dtype == torch.bool):
             raise CannotRewrite(f"{node.target} makes values of another type", node)
-        merged = any(size != ROWS and size % ROWS == 0 and size for size in value.shape)
-        if merged or sum(size == ROWS for size in value.shape) > 1:
-            raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
+        check_rows(node, value)
 
 
 def _view(writer: Writer, node: Node) -> Any:
