@@ -83,6 +83,10 @@ def widened(h, x, w, c):
     far = h.detach().double() * 1e8
     return torch.tanh(h @ w.t()) + ((far + x.double()) - far).to(h.dtype)
 
+def spread(h, x, w, c):
+    each = h.view(-1, 3, 2).sum(-1, keepdim=True).expand(-1, -1, 2)
+    return torch.tanh(h @ w.t() + each.sum(1).sum(-1, keepdim=True) * x)
+
 all_, single, half = [torch.float64], [torch.float32], [torch.float16, torch.bfloat16]
 CELLS = {  # of one state: dtypes, whether there is a kernel
     "plain": (lambda h, x, w, c: torch.tanh(h @ w.t() + x), all_ + single, True),
@@ -99,6 +103,7 @@ CELLS = {  # of one state: dtypes, whether there is a kernel
     "no input": (lambda h, x, w, c: torch.tanh(h @ w.t()), all_, True),
     "linear": (lambda h, x, w, c: 0.5 * h + x, all_, True),
     "of each sample": (lambda h, x, w, c: torch.tanh(h @ w.t() + c * x), all_, True),
+    "spread": (spread, all_ + single, True),
     "scaled": (lambda h, x, w, c: torch.add(torch.addcmul(x, h, h, value=0.3), h, alpha=-0.5), all_, True),
 }
 

@@ -63,6 +63,7 @@ class TritonRecurrence:
             [_batch_dim(program.shape(n)) for n in nodes] for nodes in (program.inputs, program.shared)
         ]
         shapes = [program.shape(n) for n in program.shared]
+        self._are_matrices = [is_matrix(s) for s in shapes]
         size = sum(math.prod(s) for s in shapes if is_matrix(s))
         words = size * (2 if dtype == torch.float64 else 1)
         if rows is None:
@@ -149,8 +150,7 @@ class TritonRecurrence:
         for x, dim in zip(inputs, self._batch_dims[0], strict=True):
             read.append((x.movedim(1 + dim, 1) if dim else x).contiguous())
         read = [x[-1] if self._reverse else x for x in read]
-        for x, node, dim in zip(shared, self.program.shared, self._batch_dims[1], strict=True):
-            matrix = is_matrix(self.program.shape(node))
+        for x, matrix, dim in zip(shared, self._are_matrices, self._batch_dims[1], strict=True):
             x = x.to(first.device)  # a number may be on the CPU
             read.append(x.mT.contiguous() if matrix else (x.movedim(dim, 0) if dim else x).contiguous())
         read += [x.contiguous() for x in initial]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,10 +120,7 @@ def _elementwise(
             expression, truth = writer.operand(run, value)
             wanted = operand.meta["val"].dtype == torch.bool or op_name(node) in LOGICAL
             names.append(f"({expression} != 0)" if wanted and not truth else expression)
-        width, written = pieces[0].width, formula(*names)
-        constant_in_rows = width > 1 and all(run.step == 0 for run in pieces)
-        name = writer.assign(writer.spread(written, width) if constant_in_rows else written)
-        return Tile(name, width, node, start, is_bool)
+        return Tile(writer.combined(formula(*names), pieces), pieces[0].width, node, start, is_bool)
 
     lines = [list(lines_along(v.places.expand(shape), lane)) for v in values]
     for several in zip(*lines, strict=True):
@@ -132,8 +128,8 @@ def _elementwise(
         runs = [writer.runs(v, line) for v, (_, line) in zip(values, several, strict=True)]
         if shape and shape[lane] > 1 and all(len(r) == 1 and r[0].step == 0 for r in runs):
             # One element stands for all of the line.
-            tile = replace(computed([r[0].part(0, 1) for r in runs], 0), width=1)
-            found.movedim(lane, -1)[index][:] = writer.tile(tile)
+            one = computed([r[0].part(0, 1) for r in runs], 0)
+            found.movedim(lane, -1)[index][:] = writer.tile(one)
             continue
         for start, pieces in writer.aligned(runs, node):
             writer.put(found, lane, index, computed(pieces, start))

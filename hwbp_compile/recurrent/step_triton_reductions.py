@@ -121,7 +121,7 @@ def _over_tiles(
     _, join, _, _ = REDUCTIONS[name]
     for start, pieces in writer.aligned([writer.runs(value, line) for line in lines], node):
         terms = [each(writer.operand(p, value)[0]) for p in pieces]
-        made = writer.assign(f"({functools.reduce(join.format, terms)}){scale}")
+        made = writer.combined(f"({functools.reduce(join.format, terms)}){scale}", pieces)
         width = pieces[0].width
         out[start : start + width] = writer.tile(Tile(made, width, node, start))
 

@@ -155,6 +155,12 @@ class Writer:
         name = self.tile_of(run).name
         return self.spread(name, run.width) if run.step == 0 and run.width > 1 else name
 
+    def combined(self, expression: str, pieces: Sequence[Run]) -> str:
+        """A variable for what is computed of pieces: a whole tile, though each may repeat one element."""
+        width = pieces[0].width
+        repeated = width > 1 and all(run.step == 0 for run in pieces)
+        return self.assign(self.spread(expression, width) if repeated else expression)
+
     def in_tiles(self, node: Node, value: Value | None = None) -> Value:
         """A node's value, loaded if it is in memory."""
         value = self.values[node] if value is None else value
