@@ -328,7 +328,8 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, like: Sequence
     first = next(iter(graph.nodes))
     with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(first):
         node = graph.placeholder(name)
-    node.meta.update(example_value=fake, val=fake)
+    # As Dynamo's own: where one input has "val", Inductor takes those without for no tensors (cpp_wrapper).
+    node.meta["example_value"] = fake
     node._dynamo_source = None
     gm.recompile()
     return fake

@@ -26,7 +26,9 @@ class StepCase:
     weights: tuple[tuple[int, ...], ...]
     inputs: int = 3
 
-    def programs(self, dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[StepProgram, bool]]:
+    def programs(
+        self, dtype: torch.dtype, device: str = "cpu", *, on_the_way: bool = False
+    ) -> Iterator[tuple[StepProgram, bool]]:
         """Forward and backward, each with whether it goes back in time."""
 
         def like(*shape: int) -> Tensor:
@@ -36,9 +38,9 @@ class StepCase:
         cell: CellGraph = trace_cell(
             self.step, carry, [like(ROWS, self.inputs)], [like(*shape) for shape in self.weights]
         )
-        yield forward_program(cell, emit=True), False
+        yield forward_program(cell, emit=True, on_the_way=on_the_way), False
         n = 1 + len(self.weights)
-        yield backward_program(cell, [True] * self.components, [True] * n, on_the_way=False), True
+        yield backward_program(cell, [True] * self.components, [True] * n, on_the_way=on_the_way), True
 
 
 def _of_scan(name: str) -> StepCase:
@@ -90,7 +92,7 @@ def run_steps(
     *,
     reverse: bool,
 ) -> list[Tensor]:
-    """The program's graph by torch, step after step: all states or the last, and what is emitted."""
+    """The program's graph by torch, step after step: all states or the last, what is emitted, the sums."""
 
     def sized(argument: Any) -> Any:
         if isinstance(argument, (list, tuple)):
@@ -115,4 +117,6 @@ def run_steps(
         emitted.append(found[n:])
     order = -1 if reverse else 1
     kept = [torch.stack(x[::order]) for x in zip(*states, strict=True)] if program.keep else state
-    return [*kept, *(torch.stack(x[::order]) for x in zip(*emitted, strict=True))]
+    over_time = [torch.stack(x[::order]) for x in zip(*emitted, strict=True)]
+    m = len(program.emitted)
+    return [*kept, *over_time[:m], *(x.sum(0) for x in over_time[m:])]

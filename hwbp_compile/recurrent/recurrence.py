@@ -224,7 +224,7 @@ def _written(cell: CellGraph, given: Any, dtype: torch.dtype) -> Kernel | str:
             # On a GPU all steps' gradients at once are the faster.
             program = backward_program(cell, added, given["wanted"], on_the_way=in_cpp)
         else:
-            program = forward_program(cell, emit=given["emit"])
+            program = forward_program(cell, emit=given["emit"], on_the_way=in_cpp)
         if in_cpp:
             return CppRecurrence(program, dtype, reverse=reverse)
         _check_extrema(cell, program)

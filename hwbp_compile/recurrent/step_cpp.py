@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..errors import CannotRewrite
+from .step_cpp_gates import GATES
 from .step_cpp_library import LIBRARY, PADDING
 from .step_layout import Value, placed_rows, row_size
 from .step_program import ROWS, StepProgram
@@ -21,6 +22,8 @@ from .step_source import StepSource
 
 _LARGE = 1 << 16
 """Elements of all weights from which on they are read from memory rather for many rows than for few."""
+_SUMMED_AT_ONCE = 32
+"""Rows, of one step or of several, from which on what is summed over rows takes its sums from memory."""
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -47,10 +50,14 @@ class Argument:
 
     def here(self, step: str = "t") -> str:
         """The address of the first row's elements at a step."""
-        size = row_size(self.shape)
-        rows = ROWS in self.shape
-        along = f" + {step} * {'batch * ' if rows else ''}{size}" if self.steps else ""
-        return f"{self.name}{along}{f' + row * {size}' if rows else ''}"
+        rows = f" + row * {row_size(self.shape)}" if ROWS in self.shape else ""
+        return f"{self.name} + {step} * {self.step}{rows}"
+
+    @property
+    def step(self) -> str:
+        """How far it is from one step to the next."""
+        size = row_size(self.shape) if self.steps else 0
+        return f"batch * {size}" if ROWS in self.shape else str(size)
 
 
 class CppRecurrence:
@@ -74,7 +81,7 @@ class CppRecurrence:
         real = _TYPES[dtype]
         read = len(program.inputs) + len(program.shared)
         written = len(program.carry) + len(program.emitted) + len(self._workspace) + 1
-        arguments = [*[f"const {real}*"] * read, *[f"{real}*"] * written, *["int64_t"] * 3]
+        arguments = [*[f"const {real}*"] * read, *[f"{real}*"] * written, *["int64_t"] * 4]
         try:
             self._run: Callable[..., None] = _compat.load_cpp_kernel(arguments, source)
         except Exception as error:  # a missing compiler shows itself in many ways
@@ -110,9 +117,10 @@ class CppRecurrence:
             padded[: x.numel()].view(moved.shape).copy_(moved)
             read.append(padded)
         emitted = results[n : n + len(self.program.emitted)]
-        workspace = [first.new_empty(batch * size) for size in self._workspace]
+        group = max(_SUMMED_AT_ONCE * min(threads, batch) // max(batch, 1), 1)
+        workspace = [first.new_empty(group * batch * size) for size in self._workspace]
         sums = first.new_zeros(threads, sum(map(math.prod, self._sums)))
-        self._run(*read, *states, *emitted, *workspace, sums, steps, batch, threads)
+        self._run(*read, *states, *emitted, *workspace, sums, steps, batch, threads, group)
         if not keep:
             results[:n] = [x[steps % 2].clone() for x in states]
         totals = sums.sum(0).split([math.prod(shape) for shape in self._sums])
@@ -139,15 +147,20 @@ def recurrence_source(program: StepProgram, dtype: torch.dtype, *, reverse: bool
     given = (*carry, *inputs, *shared)
     placed = {n: a.value() for n, a in zip(nodes, given, strict=True)}
     step = StepSource(program, placed, dtype)
-    workspace = [Argument(f"w{i}", (ROWS, size)) for i, size in enumerate(step.workspace)]
+    workspace = [Argument(f"w{i}", (ROWS, size), True) for i, size in enumerate(step.workspace)]
     before, after = ("(t + 1)", "t") if reverse else ("t", "(t + 1)")
     if not program.keep:
         before, after = "(s % 2)", "((s + 1) % 2)"
-    lines = [f"const Real* in_{a.name} = {a.here(before)};" for a in carry]
+    lines = [f"const int64_t t = {'steps - 1 - s' if reverse else 's'};"]
+    lines += [f"const Real* in_{a.name} = {a.here(before)};" for a in carry]
     lines += [f"Real* out_{a.name} = {a.here(after)};" for a in carry]
     lines += [f"const Real* in_{a.name} = {a.here()};" for a in (*inputs, *shared)]
-    lines += [f"Real* out_{a.name} = {a.here()};" for a in (*emitted, *workspace)]
-    here = "\n".join([f"const int64_t t = {'steps - 1 - s' if reverse else 's'};", *lines])
+    lines += [f"Real* out_{a.name} = {a.here()};" for a in emitted]
+    lines += [f"Real* out_{a.name} = {a.here('(s % group)')};" for a in workspace]
+    here = "\n".join(lines)
+    jumps = [(a, "-" if reverse else "") for a in (*carry, *inputs, *shared, *emitted)]
+    jumps += [(a, "") for a in workspace]
+    jump = "\n".join(f"const int64_t jump_{a.name} = {sign}({a.step});" for a, sign in jumps)
     pointers = [f"const Real* {a.name}" for a in (*inputs, *shared)]
     pointers += [f"Real* {a.name}" for a in (*carry, *emitted, *workspace)]
     names = ", ".join(a.name for a in (*inputs, *shared, *carry, *emitted, *workspace))
@@ -161,27 +174,29 @@ def recurrence_source(program: StepProgram, dtype: torch.dtype, *, reverse: bool
     pass_packed = "".join(f"{name}.data(), " for name, _ in packs)
     many_rows = sum(math.prod(n.meta["val"].shape) for n in program.shared) > _LARGE
     text = f"""
-static void step(int64_t N, {packed}{parameters}, int64_t steps, int64_t s, int64_t batch, int64_t row,
-                 Real* scratch) {{
+static void step(int64_t N, {packed}{parameters}, int64_t steps, int64_t s, int64_t batch, int64_t group,
+                 int64_t row, Real* scratch) {{
 {here}
 {step.text}
 }}
 
-static void add({parameters}, int64_t steps, int64_t s, int64_t batch, int64_t row, int64_t count,
-                Real* sums) {{
+static void add({parameters}, int64_t steps, int64_t s, int64_t times, int64_t batch, int64_t group,
+                int64_t row, int64_t count, Real* sums) {{
 {here}
+{jump}
 {step.sums}
 }}
 
-extern "C" void kernel({parameters}, Real* sums, int64_t steps, int64_t batch, int64_t threads) {{
+extern "C" void kernel({parameters}, Real* sums, int64_t steps, int64_t batch, int64_t threads,
+                       int64_t group) {{
 {chr(10).join(pack)}
-for_steps<{"64" if many_rows else "TILE"}>(steps, batch, threads, {step.scratch},
+for_steps<{"64" if many_rows else "TILE"}>(steps, batch, threads, group, {step.scratch},
 [&](int64_t rows, int64_t s, int64_t row, Real* scratch) {{
-step(rows, {pass_packed}{names}, steps, s, batch, row, scratch);
+step(rows, {pass_packed}{names}, steps, s, batch, group, row, scratch);
 }},
-[&](int64_t part, int64_t s, int64_t row, int64_t count) {{
-add({names}, steps, s, batch, row, count, sums + part * {size});
+[&](int64_t part, int64_t s, int64_t times, int64_t row, int64_t count) {{
+add({names}, steps, s, times, batch, group, row, count, sums + part * {size});
 }});
 }}
 """
-    return (LIBRARY + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(PADDING)), step
+    return (LIBRARY + GATES + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(PADDING)), step

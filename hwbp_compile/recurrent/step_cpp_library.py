@@ -118,10 +118,18 @@ static void product(int64_t rows, const Real* x, int64_t x_step, const Real* wei
                                           start_step, out + whole, out_step);
 }
 
-// sums[m, k] += sum_r a[r, m] * b[r, k] for M rows and C vectors of columns of the sums, see tile().
+// Rows of several steps: those of one step are `step` elements apart, the steps `jump`.
+struct Rows {
+    const Real* first;
+    int64_t step, jump;
+    const Real* at(int64_t time, int64_t row) const { return first + time * jump + row * step; }
+    Rows column(int64_t c) const { return {first + c, step, jump}; }
+};
+
+// sums[m, k] += sum_r a[r, m] * b[r, k] over `rows` rows of each of `times` steps, for M rows and C vectors
+// of columns of the sums, see tile().
 template <int64_t M, int64_t C, int64_t K, int64_t count>
-static inline void add_tile(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
-                            Real* sums) {
+static inline void add_tile(const Rows& a, const Rows& b, int64_t times, int64_t rows, Real* sums) {
     Vec sum[M][C];
     #pragma GCC unroll 8
     for (int64_t m = 0; m < M; m++) {
@@ -129,16 +137,18 @@ static inline void add_tile(const Real* a, int64_t a_step, const Real* b, int64_
         for (int64_t c = 0; c < C; c++)
             sum[m][c] = Vec::loadu(sums + m * K + c * LANES, c + 1 < C ? LANES : count);
     }
-    for (int64_t r = 0; r < rows; r++) {
-        Vec w[C];
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            w[c] = Vec::loadu(b + r * b_step + c * LANES, c + 1 < C ? LANES : count);
-        #pragma GCC unroll 8
-        for (int64_t m = 0; m < M; m++) {
-            const Vec x(a[r * a_step + m]);
+    for (int64_t t = 0; t < times; t++) {
+        for (int64_t r = 0; r < rows; r++) {
+            Vec w[C];
             #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++) sum[m][c] = at::vec::fmadd(x, w[c], sum[m][c]);
+            for (int64_t c = 0; c < C; c++)
+                w[c] = Vec::loadu(b.at(t, r) + c * LANES, c + 1 < C ? LANES : count);
+            #pragma GCC unroll 8
+            for (int64_t m = 0; m < M; m++) {
+                const Vec x(a.at(t, r)[m]);
+                #pragma GCC unroll 8
+                for (int64_t c = 0; c < C; c++) sum[m][c] = at::vec::fmadd(x, w[c], sum[m][c]);
+            }
         }
     }
     #pragma GCC unroll 8
@@ -151,44 +161,44 @@ static inline void add_tile(const Real* a, int64_t a_step, const Real* b, int64_
 
 // The same for M rows and all K columns.
 template <int64_t M, int64_t K>
-static void add_columns(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
-                        Real* sums) {
+static void add_columns(const Rows& a, const Rows& b, int64_t times, int64_t rows, Real* sums) {
     constexpr int64_t C = WIDE<4>, wide = K / (C * LANES) * C * LANES, whole = K / LANES * LANES;
     for (int64_t c = 0; c < wide; c += C * LANES)
-        add_tile<M, C, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
+        add_tile<M, C, K, LANES>(a, b.column(c), times, rows, sums + c);
     for (int64_t c = wide; c < whole; c += LANES)
-        add_tile<M, 1, K, LANES>(a, a_step, b + c, b_step, rows, sums + c);
-    if constexpr (whole < K) add_tile<M, 1, K, K - whole>(a, a_step, b + whole, b_step, rows, sums + whole);
+        add_tile<M, 1, K, LANES>(a, b.column(c), times, rows, sums + c);
+    if constexpr (whole < K) add_tile<M, 1, K, K - whole>(a, b.column(whole), times, rows, sums + whole);
 }
 
 // The same for all.
 template <int64_t M, int64_t K>
-static void add_product(const Real* a, int64_t a_step, const Real* b, int64_t b_step, int64_t rows,
-                        Real* sums) {
+static void add_product(const Rows& a, const Rows& b, int64_t times, int64_t rows, Real* sums) {
     constexpr int64_t whole = M / 4 * 4;
     for (int64_t m = 0; m < whole; m += 4)
-        add_columns<4, K>(a + m, a_step, b, b_step, rows, sums + m * K);
-    for (int64_t m = whole; m < M; m++) add_columns<1, K>(a + m, a_step, b, b_step, rows, sums + m * K);
+        add_columns<4, K>(a.column(m), b, times, rows, sums + m * K);
+    for (int64_t m = whole; m < M; m++) add_columns<1, K>(a.column(m), b, times, rows, sums + m * K);
 }
 
 // sums[k] += sum_r x[r, k]
 template <int64_t K>
-static void add_rows(const Real* x, int64_t step, int64_t rows, Real* sums) {
+static void add_rows(const Rows& x, int64_t times, int64_t rows, Real* sums) {
     constexpr int64_t whole = K / LANES * LANES;
-    for (int64_t c = 0; c < whole; c += LANES) {
-        Vec sum = Vec::loadu(sums + c);
-        for (int64_t r = 0; r < rows; r++) sum = sum + Vec::loadu(x + r * step + c);
-        sum.store(sums + c);
+    for (int64_t t = 0; t < times; t++) {
+        for (int64_t r = 0; r < rows; r++) {
+            const Real* from = x.at(t, r);
+            for (int64_t c = 0; c < whole; c += LANES)
+                (Vec::loadu(sums + c) + Vec::loadu(from + c)).store(sums + c);
+            for (int64_t c = whole; c < K; c++) sums[c] += from[c];
+        }
     }
-    for (int64_t c = whole; c < K; c++)
-        for (int64_t r = 0; r < rows; r++) sums[c] += x[r * step + c];
 }
 
 // Rows are independent: each thread takes some of them, LEAST or more, through all steps, CHUNK at a time.
-// Calls f(number of rows, step, first row, scratch), and g(part, step, first row, number of rows) after each
-// step.
+// Calls f(number of rows, step, first row, scratch), and after every `group` steps, or fewer at the end,
+// g(part, first of the steps, number of steps, first row, number of rows).
 template <int64_t CHUNK, typename F, typename G>
-static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scratch_size, F f, G g) {
+static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t group, int64_t scratch_size, F f,
+                      G g) {
     const int64_t groups = (batch + LEAST - 1) / LEAST;
     const int64_t parts = std::max<int64_t>(std::min(threads, groups), 1);
     #pragma omp parallel for num_threads(parts) if (parts > 1)
@@ -199,7 +209,8 @@ static void for_steps(int64_t steps, int64_t batch, int64_t threads, int64_t scr
         for (int64_t s = 0; s < steps; s++) {
             for (int64_t row = first; row < end; row += CHUNK)
                 f(std::min(CHUNK, end - row), s, row, scratch.data());
-            g(part, s, first, end - first);
+            if ((s + 1) % group == 0 || s + 1 == steps)
+                g(part, s - s % group, s % group + 1, first, end - first);
         }
     }
 }

@@ -49,6 +49,12 @@ class Value:
         """From one row to the next."""
         return f"(({self.at_row(1)}) - ({self.at_row(0)}))"
 
+    def is_at(self, other: Value) -> bool:
+        """Whether the elements of another value are these."""
+        x, y = self.where, other.where
+        same = (x.storage_offset(), x.shape, x.stride()) == (y.storage_offset(), y.shape, y.stride())
+        return same and self.base == other.base
+
     @property
     def has_rows(self) -> bool:
         """Whether it differs between the rows of the batch."""

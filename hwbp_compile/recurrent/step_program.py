@@ -71,16 +71,27 @@ MOST_SUMMED = 1 << 16
 """Elements of all sums together: a thread has them in its second-level cache."""
 
 
-def forward_program(cell: CellGraph, *, emit: bool, rows: bool = True) -> StepProgram:
+NARROWEST = 32
+"""Columns of an input up to which its products are made with the steps."""
+
+
+def forward_program(
+    cell: CellGraph, *, emit: bool, rows: bool = True, on_the_way: bool = False
+) -> StepProgram:
     """The step from one state of a cell to the next. With ``emit``, the backward pass needs no more of it.
 
-    With ``rows`` the cell was traced with :data:`ROWS` rows, which are independent.
+    Args:
+        cell: one step.
+        emit: see above.
+        rows: whether the cell was traced with :data:`ROWS` rows, which are independent.
+        on_the_way: multiply inputs of few columns with the steps, so that the wide result of all of them is
+            never in memory. Otherwise one product is made for all steps.
     """
     block = cell.forward
     order = canonical_order(block)
     needed = [n for n in (*cell.block.exit, *cell.of_inputs, *cell.of_weights) if n is not None]
     emitted = _anchors(_used_by(needed, set(order)), set(order), rows) if emit else []
-    before, read = _with_what_is_cheap(cell, externals_of(block), {*cell.inputs})
+    before, read = _with_what_is_cheap(cell, externals_of(block), {*cell.inputs}, on_the_way)
     return _program(cell, block.entry, [*before, *order], read, block.exit, emitted)
 
 
@@ -100,7 +111,8 @@ def backward_program(
         wanted: per input and weight, whether its gradient is.
         rows: see :func:`forward_program`.
         on_the_way: compute as many gradients as possible with the steps, so that no cotangent has to be kept.
-            Otherwise all of them are left for later, when a product is one for all steps.
+            Otherwise all of them are left for later, when a product is one for all steps. And see
+            :func:`forward_program`.
     """
     n = len(cell.inputs)
     dependent = cell.depending_on(cell.block.entry)
@@ -131,7 +143,7 @@ def backward_program(
         *cell.carry,
         *cell.inputs,
     }
-    before, read = _with_what_is_cheap(cell, list(dict.fromkeys(outside)), known)
+    before, read = _with_what_is_cheap(cell, list(dict.fromkeys(outside)), known, on_the_way)
     entry = cell.block.entry
     body = [*before, *(x for x in order if x not in entry)]
     return _program(cell, entry, body, read, cell.block.exit, [*emitted], added, [*sums], bool(rest))
@@ -183,7 +195,7 @@ def _summed(gradient: Node, dependent: Set[Node]) -> list[Node] | None:
 
 
 def _with_what_is_cheap(
-    cell: CellGraph, outside: Sequence[Node], known: set[Node]
+    cell: CellGraph, outside: Sequence[Node], known: set[Node], on_the_way: bool
 ) -> tuple[list[Node], list[Node]]:
     """Of what a step reads, the part that it computes by itself, in order, and what it reads for that."""
     inside: dict[Node, None] = {}
@@ -191,7 +203,8 @@ def _with_what_is_cheap(
     stack = list(reversed(outside))
     while stack:
         node = stack[-1]
-        own = node in cell.differing and node not in known and (_is_cheap(node) or _is_part(node))
+        own = node in cell.differing and node not in known
+        own = own and (_is_cheap(node) or _is_part(node) or (on_the_way and _is_narrow(node, cell)))
         waiting = [n for n in node.all_input_nodes if n not in inside and n not in read] if own else []
         if waiting:
             stack.extend(reversed(waiting))
@@ -236,6 +249,15 @@ def _anchors(needed: Iterable[Node], inside: set[Node], rows: bool) -> list[Node
 def _is_cheap(node: Node) -> bool:
     """Whether to compute it again is cheaper than to read it; no view of a part."""
     return node.op == "call_function" and op_name(node) in _CHEAP
+
+
+def _is_narrow(node: Node, cell: CellGraph) -> bool:
+    """Whether it is the product of rows of few columns with a matrix that all steps share."""
+    if node.op != "call_function" or op_name(node) not in ("aten::mm", "aten::addmm"):
+        return False
+    x, matrix = node.all_input_nodes[-2:]
+    rows, columns = x.meta["val"].shape
+    return rows == ROWS and columns <= NARROWEST and matrix not in cell.differing
 
 
 def _is_part(node: Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from .step_program import ROWS, StepProgram, check_rows
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
 """Operators that are told where to write."""
+_LASTING = ("(in_x", "(out_e", "(out_w", "(in_y", "(out_y")
+"""Beginnings of addresses at which values stay; of states, only if all are kept."""
 _WIDEST_PANEL = 64
 """No processor has panels of more columns."""
 
@@ -50,6 +52,7 @@ class StepSource:
         """The shape of each sum; the last two dimensions may be exchanged."""
         self.packs: dict[str, tuple[str, str]] = {}
         """Statements that pack a weight for all steps; each with the result's name and size."""
+        self._keep = program.keep
         self._shared = {placed[n].base for n in program.shared}
         following, emitted, sums = program.results
         self._results: dict[Node, Value] = {}
@@ -79,10 +82,27 @@ class StepSource:
         source = _source(node)
         told = source.op == "call_function" and op_name(source) in (*POINTWISE, *_WRITERS)
         same = tuple(source.meta["val"].shape) == tuple(target.where.shape)
-        if told and same and source not in self._results:
-            self._results[source] = target
-            return True
-        return False
+        if not told or not same or source in self._results:
+            return False
+        self._results[source] = target
+        if op_name(source) == "aten::cat":
+            for part, place in self._parts(source, target):
+                if op_name(_source(part)) not in REDUCTIONS:  # these have no gaps in what they write
+                    self._write_into(part, place)
+        return True
+
+    def _parts(self, cat: Node, out: Value) -> Iterator[tuple[Node, Value]]:
+        """What is put together, and where each of it is to be in the result."""
+        parts: Any = cat.args[0]
+        dim: Any = cat.args[1] if len(cat.args) > 1 else 0
+        dim = dim % out.where.dim()
+        if out.where.shape[dim] == ROWS:
+            raise CannotRewrite(f"{cat.target} mixes the rows of the batch", cat)
+        start = 0
+        for part in parts:
+            size = part.meta["val"].shape[dim]
+            yield part, Value(out.base, out.where.narrow(dim, start, size))
+            start += size
 
     @property
     def sums(self) -> str:
@@ -424,8 +444,9 @@ class StepSource:
         return copy
 
     def _new_workspace(self, shape: Sequence[int]) -> Value:
-        self.workspace.append(row_size(shape))
-        return placed_rows(f"out_w{len(self.workspace) - 1}", shape)
+        # Rows that are a power of two apart would be in one another's way in a cache.
+        self.workspace.append(math.ceil(row_size(shape) / 16) * 16 + 16)
+        return Value(f"(out_w{len(self.workspace) - 1} + r * {self.workspace[-1]})", compact(shape))
 
     def _sum(self, node: Node) -> None:
         """Add to a sum over rows: a product ``a^T @ b``, or the rows of one value."""
@@ -436,7 +457,7 @@ class StepSource:
             size = row_size(rows.where.shape)
             start = self._start_of_sum(tuple(node.meta["val"].shape))
             self._sum_lines.append(
-                f"add_rows<{size}>({rows.of_product('0')}, {rows.row_step}, count, sums + {start});"
+                f"add_rows<{size}>({_rows_of_steps(rows, '0')}, times, count, sums + {start});"
             )
             return
         many = node.meta["val"].shape[0] if len(node.meta["val"].shape) == 3 else 1
@@ -447,8 +468,8 @@ class StepSource:
         shape = tuple(node.meta["val"].shape[:-2])
         start = self._start_of_sum((*shape, m, k))
         self._sum_lines.append(
-            f"for (int64_t m = 0; m < {many}; m++) add_product<{m}, {k}>({a.of_product('m')}, {a.row_step}, "
-            f"{b.of_product('m')}, {b.row_step}, count, sums + {start} + m * {m * k});"
+            f"for (int64_t m = 0; m < {many}; m++) add_product<{m}, {k}>({_rows_of_steps(a, 'm')}, "
+            f"{_rows_of_steps(b, 'm')}, times, count, sums + {start} + m * {m * k});"
         )
 
     def _start_of_sum(self, shape: tuple[int, ...]) -> int:
@@ -457,11 +478,12 @@ class StepSource:
         return start
 
     def _for_all_rows(self, value: Value, *, matrix: bool) -> Value:
-        """Where each row's elements still are when the step is done, without gaps (in a matrix' row)."""
+        """Where each row's elements still are some steps later, without gaps (in a matrix' row)."""
         gaps = collapse([value.dims])[1][0] not in ([], [1])
         if matrix:
             gaps = value.where.stride(-1) != 1 and value.where.shape[-1] != 1
-        if not gaps and "scratch" not in value.base:
+        kept = value.base.startswith(_LASTING if self._keep else _LASTING[:-2])
+        if kept and not gaps:
             return value
         copy = self._new_workspace([ROWS, *(size for size, _ in value.dims)])
         if value.where.shape[0] != ROWS:
@@ -470,18 +492,11 @@ class StepSource:
         return copy
 
     def _cat(self, node: Node) -> None:
-        parts: Any = node.args[0]
-        dim: Any = node.args[1] if len(node.args) > 1 else 0
         out = self._results.get(node) or self._new(node.meta["val"].shape)
-        dim = dim % out.where.dim()
-        if out.where.shape[dim] == ROWS:
-            raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
-        start = 0
-        for part in parts:
+        for part, place in self._parts(node, out):
             value = self._value(part)
-            size = value.where.shape[dim]
-            self._copy(value, Value(out.base, out.where.narrow(dim, start, size)))
-            start += size
+            if not place.is_at(value):
+                self._copy(value, place)
         self._values[node] = out
 
 
@@ -490,6 +505,12 @@ def _source(node: Node, through: Collection[str] = COPIES) -> Node:
     while node.op == "call_function" and op_name(node) in through:
         (node,) = nodes_in(node.args)
     return node
+
+
+def _rows_of_steps(value: Value, number: str) -> str:
+    """The rows of several steps, in one of several products."""
+    name = value.base[1 : value.base.index(" ")].partition("_")[2]
+    return f"Rows{{{value.of_product(number)}, {value.row_step}, jump_{name}}}"
 
 
 def _begins_with_rows(node: Node) -> bool:
