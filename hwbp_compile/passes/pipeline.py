@@ -23,6 +23,7 @@ from .linear_ops import op_name
 from .record import needed_without_records, observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
+from .sink import sink_stacks
 from .worth import Comparison, compare
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     if any(outcome.schedule is not None for outcome in done.outcomes):
+        simplified(graph, sink_stacks)
         simplified(graph, restack)
         lap("restack")
     return done

@@ -12,15 +12,20 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import _compat
+from .early import stack_early
 from .linear_ops import MATRIX_PRODUCTS, op_name
 from .shared_stacks import shared_stacks
 from .views import STACKED, Row, concatenated, is_view, row_of
 
 
 def restack(graph: Graph) -> int:
-    """Replace concatenated rows of one tensor by that tensor or a slice of it; how many times."""
+    """Replace concatenated rows of one tensor by that tensor or a slice of it; how many times.
+
+    What is concatenated after that and known before the backward pass is put together by one operator.
+    """
     shared = shared_stacks(graph)
     done = sum(_shorten(graph, node, shared.get(node)) for node in list(graph.nodes))
+    done += stack_early(graph)
     if done:
         _compat.sort_topologically(graph)
         graph.eliminate_dead_code()

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from .. import stack_op as stack_op  # the operator
 from .classes import value_text
 from .row_gradients import call
-from .views import Row, Views, concatenated, views_of
+from .views import Row, Views, concatenated, dependent_on_tangents, views_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def shared_stacks(graph: Graph) -> dict[Node, list[Row]]:
     Inputs, such as the parameters of the blocks, become the rows of one new tensor; what else is concatenated
     is taken from the longest concatenation that has it all.
     """
-    late = _dependent_on_tangents(graph)
+    late = dependent_on_tangents(graph)
     stacks = [s for n in graph.nodes if (s := _stack(n, late)) is not None]
     stacks.sort(key=lambda s: -len(s.sources))
     longest: dict[tuple[Node, str], list[tuple[_Stack, dict[Node, int]]]] = {}
@@ -55,16 +55,6 @@ def shared_stacks(graph: Graph) -> dict[Node, list[Row]]:
             bases[whole.node] = _base(graph, whole)
         views = stack.views if stack.inputs else ()
         found[stack.node] = [Row(bases[whole.node], places[n], views) for n in stack.sources]
-    return found
-
-
-def _dependent_on_tangents(graph: Graph) -> set[Node]:
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and "tangent" in node.name) or any(
-            n in found for n in node.all_input_nodes
-        ):
-            found.add(node)
     return found
 
 
