@@ -47,7 +47,8 @@ class AutoIterations:
         self._options = options
         self._tolerance = options.tolerance
         exact = replace(options, iterations="exact", given=options.given | {"iterations"})
-        self._exact = exact
+        self.exact = exact
+        """Those where nothing is iterated."""
         self.first = replace(exact, watch=options.max_iterations + 1)
         """Those of the first step, and of every step that is watched."""
         self._with: dict[int, Options] = {}
@@ -80,9 +81,9 @@ class AutoIterations:
     def _chosen(self) -> Options:
         k = self.iterations
         if k is None:
-            return self._exact
+            return self.exact
         if k not in self._with:
-            self._with[k] = replace(self._options, iterations=k, given=self._exact.given)
+            self._with[k] = replace(self._options, iterations=k, given=self.exact.given)
         return self._with[k]
 
     def _take(self, entry: Entry, chains: tuple[ChainRecord, ...]) -> None:
