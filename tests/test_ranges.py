@@ -11,8 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_models import D, chain, compiled, grads
-from small_models import model as model_of_depth
+from small_models import compiled, grads
 from torch import Tensor, nn
 
 import hwbp_compile
@@ -33,8 +32,18 @@ LIMIT = 8
 """What is iterated in these tests is what has no more rows than that."""
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.f(x))
+
+
 def model(depth: int = LENGTH) -> nn.Sequential:
-    return model_of_depth(depth)
+    """As little as makes a chain: symbolic shapes take long to trace."""
+    return nn.Sequential(nn.Linear(4, 4), *(Block() for _ in range(depth)), nn.Linear(4, 2)).double()
 
 
 def rows(n: int, d: int = 4) -> Tensor:
@@ -158,7 +167,7 @@ class Two(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = (nn.Sequential(nn.Linear(4, D), *chain(LENGTH), nn.Linear(D, 3)) for _ in range(2))
+        self.a, self.b = model(), model()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([self.a(x), self.b(y)])
@@ -166,12 +175,12 @@ class Two(nn.Module):
 
 def test_each_chain_has_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     decide(monkeypatch, lambda c: all(c.sizes[s] <= LIMIT for s in free(c)))
-    m = Two().double()
+    m = Two()
     want = {
-        n: [grads(p, p, rows(n)) if n > LIMIT else expected(p, rows(n), iterations=1) for p in (m.a, m.b)]
+        n: [grads(p, p, rows(n)) if n > LIMIT else expected(p, rows(n), iterations=2) for p in (m.a, m.b)]
         for n in (5, 6, 40, 50)
     }
-    c = compiled(m, iterations=1, dynamic=True)
+    c = compiled(m, iterations=2, dynamic=True)
     with counting() as compilations:
         for n, k in [(40, 50), (5, 40), (40, 5), (5, 6), (6, 50)]:
             assert equal(grads(m, c, rows(n), rows(k)), [*want[n][0], *want[k][1]]), (n, k)
@@ -217,7 +226,7 @@ def test_k_is_chosen_by_the_steps_in_which_something_is_iterated(monkeypatch: py
     decide(monkeypatch, small)
     m = model(2 * LENGTH)
     for block in list(m)[1:-1]:
-        block.f[-1].weight.data *= 0.1
+        block.f.weight.data *= 0.1
     exact = grads(m, m, rows(40))
     c = compiled(m, iterations="auto", max_iterations=3, dynamic=True)
     seen = hwbp_compile.monitor(m)
@@ -298,10 +307,7 @@ def test_one_line_tells_of_each_change(
         for n in (5, 3, 40, 20, 5):
             grads(m, c, rows(n))
     said = [r.getMessage() for r in caplog.records if "sizes up to" in r.getMessage()]
-    assert [line.partition(" = ")[2] for line in said] == [
-        "8, 1 of 1 chains are iterated.",
-        "64, 0 of 1 chains are iterated.",
-    ]
+    assert [line.partition(" = ")[2] for line in said] == ["64, 0 of 1 chains are iterated."]
 
 
 def test_caches_tell_ranges_apart() -> None:
@@ -340,7 +346,7 @@ def test_recurrences_are_chosen_by_their_length(monkeypatch: pytest.MonkeyPatch)
         n: expected(m, x, iterations=1, group_size=1) if n > 16 else grads(m, m, x) for n, x in inputs.items()
     }
     c = compiled(m, iterations=1, group_size=1, dynamic=True)
-    with counting() as compilations:
+    with counting() as compilations, mock.patch.object(_compat, "capture_joint_graphs") as traced:
         for _ in range(2):
             for n, x in inputs.items():
                 assert equal(grads(m, c, x), want[n]), n
@@ -348,3 +354,4 @@ def test_recurrences_are_chosen_by_their_length(monkeypatch: pytest.MonkeyPatch)
     assert iterated(compilations) == [True]
     assert len(asked) == once
     assert set(asked) == {16, 32}
+    traced.assert_not_called()  # there is nothing to compare over depth

@@ -57,22 +57,24 @@ class Choices:
         self.open_sizes = OpenSizes(fake)
         self._found: dict[tuple[Options, tuple[bool, ...]], Comparisons] = {}
         self._indifferent: set[Options] = set()
+        self._over_time_only = False
         self._used: defaultdict[Options, list[Choice]] = defaultdict(list)
         self._said: Choice | None = None
         self.options_for = functools.lru_cache(maxsize=1024)(self._options_for)
         """What to compile a graph with, for options in force and a range of sizes."""
+        self._judged = functools.lru_cache(maxsize=1024)(Options.judged)
         self._compared = functools.lru_cache(maxsize=_KEPT)(self._compare)
 
     def found(self, options: Options, findings: Findings) -> None:
         """Take in what was found while the graph was compiled for the sizes that were traced."""
         if options.chooses and findings.comparisons is not None:
-            judged = options.judged()
+            judged = self._judged(options)
             self._found[judged, _iterated(findings.layers)] = findings.comparisons
             self._note(judged, findings.layers, findings.comparisons)
 
     def matter(self, options: Options) -> bool:
         """Whether what is chosen may depend on the sizes."""
-        return bool(self.open_sizes) and options.chooses and options.judged() not in self._indifferent
+        return bool(self.open_sizes) and options.chooses and self._judged(options) not in self._indifferent
 
     def _options_for(self, options: Options, range: Range) -> Options:
         if not self.open_sizes or options.apply != "auto":
@@ -81,7 +83,7 @@ class Choices:
             return options.exact()
         try:
             with self._alone:
-                choice = self._choice(options.judged(), range)
+                choice = self._choice(self._judged(options), range)
         except Exception:  # a bug of ours must not stop a training
             log.warning("What is chosen for the first sizes holds for others too.", exc_info=True)
             return options
@@ -94,7 +96,7 @@ class Choices:
         self._note(judged, layers, comparisons)
         over_depth = tuple(c is not None and not c.at(sizes).reason for c in comparisons)
         choice = self._within_limit(judged, Choice(_iterated(layers), over_depth))
-        if choice != self._said:
+        if self._said not in (None, choice):
             said = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
             chains = [*choice.over_time, *choice.over_depth]
             log.info("For sizes up to %s, %d of %d chains are iterated.", said, sum(chains), len(chains))
@@ -116,6 +118,8 @@ class Choices:
     def _compare(self, judged: Options, over_time: tuple[bool, ...]) -> Comparisons:
         if (judged, over_time) in self._found:
             return self._found[judged, over_time]
+        if self._over_time_only:
+            return ()
 
         def compared() -> Comparisons:
             gm = _compat.copy_dynamo_graph(self._gm)
@@ -132,6 +136,8 @@ class Choices:
     def _note(self, judged: Options, layers: Sequence[Layer], comparisons: Comparisons) -> None:
         if not any(layer.by_cost for layer in layers) and not any(c and c.is_open for c in comparisons):
             self._indifferent.add(judged)
+        # What is done with recurrences makes no chain over depth, nor do any options.
+        self._over_time_only |= not comparisons
 
 
 def _iterated(layers: Sequence[Layer]) -> tuple[bool, ...]:

@@ -121,8 +121,10 @@ class Variants:
         if not self._choices.matter(options):
             return True
         range_ = self._choices.open_sizes.range_of(args)
-        if self._first is not None and self._first[1] == range_:
-            return True  # It may be, and as long as there are no other sizes no more has to be known.
+        if self._first is not None:
+            if self._first[1] == range_:
+                return True  # It may be, and as long as there are no other sizes no more has to be known.
+            self._place_first()
         return self._choices.options_for(options, range_).is_iterated
 
     def _variant(self, options: Options, args: Sequence[Any]) -> Program:
@@ -137,10 +139,7 @@ class Variants:
             return self._find(options, args)
 
     def _find(self, options: Options, args: Sequence[Any]) -> Program:
-        if self._first is not None:
-            first, range_, program = self._first
-            self._first = None
-            self._add(self._choices.options_for(first, range_), program)
+        self._place_first()
         range_ = self._choices.open_sizes.range_of(args)
         wanted = self._choices.options_for(options, range_)
         if wanted not in self._compiled:
@@ -163,6 +162,14 @@ class Variants:
             everywhere = None if self._choices.matter(options) else found
             self._current = _Current(options, everywhere, before | {range_: found})
         return found
+
+    def _place_first(self) -> None:
+        """Have the first program found by what was chosen for it."""
+        with self._lock:
+            if self._first is not None:
+                first, range_, program = self._first
+                self._first = None
+                self._add(self._choices.options_for(first, range_), program)
 
     def _add(self, key: Any, program: Program | None) -> None:
         self._compiled[key] = program
