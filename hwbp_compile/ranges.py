@@ -19,6 +19,11 @@ Sizes = Mapping[Any, int]
 """Values of symbols."""
 
 
+def named(sizes: Sizes) -> str:
+    """Sizes by the names of their symbols, for people to read."""
+    return ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
+
+
 def open_sizes_of(gm: GraphModule) -> OpenSizes:
     """Those of a graph that Dynamo made."""
     return OpenSizes([n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")])

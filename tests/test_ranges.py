@@ -297,6 +297,25 @@ def test_what_cannot_be_chosen_again_stays(
     assert "holds for others too" in caplog.text
 
 
+def test_what_cannot_be_compiled_for_all_sizes_is_not_compiled_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decide(monkeypatch, small)
+    m = model()
+    exact = {n: grads(m, m, rows(n)) for n in (40, 5, 6)}
+    c = compiled(m, iterations=1, dynamic=True)
+    grads(m, c, rows(40))
+    later = _compat.compile_later
+
+    def conditional(*args: Any) -> Any:
+        return later(*args)[0], False
+
+    with counting() as compilations, mock.patch.object(_compat, "compile_later", conditional):
+        for n in (5, 6, 40, 5):
+            assert equal(grads(m, c, rows(n)), exact[n])
+    assert iterated(compilations) == [True]
+
+
 def test_one_line_tells_of_each_change(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,7 @@ from .. import _compat
 from ..options import Choice, Options
 from ..passes.pipeline import rewrite
 from ..passes.worth import Comparison
-from ..ranges import OpenSizes, Range
+from ..ranges import OpenSizes, Range, named
 from ..recurrent.capture import Layer, settle
 
 log = logging.getLogger(__name__)
@@ -97,9 +97,9 @@ class Choices:
         over_depth = tuple(c is not None and not c.at(sizes).reason for c in comparisons)
         choice = self._within_limit(judged, Choice(_iterated(layers), over_depth))
         if self._said not in (None, choice):
-            said = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
             chains = [*choice.over_time, *choice.over_depth]
-            log.info("For sizes up to %s, %d of %d chains are iterated.", said, sum(chains), len(chains))
+            count = f"{sum(chains)} of {len(chains)}"
+            log.info("For sizes up to %s, %s chains are iterated.", named(sizes), count)
         self._said = choice
         return choice
 

@@ -78,6 +78,7 @@ class Variants:
         self._choices.found(first, findings)
         range_ = self._choices.open_sizes.traced
         self._first: tuple[Options, Range, Program] | None = (first, range_, program)
+        self._begun = first, program
         depends = self._device is not None and self._choices.matter(first)
         self._current = _Current(first, None if depends else program, {range_: program})
 
@@ -147,6 +148,9 @@ class Variants:
             (compiled, _), general = _compat.compile_later(
                 lambda: self._compile_for(wanted, self._fake), self._fake, self._known
             )
+            if not general and self._choices.matter(options) and options == self._begun[0]:
+                log.info("That would hold for some of the sizes only. What was compiled first stays.")
+                compiled, general = self._begun[1], True
             # Where it holds for some sizes only, it is compiled for each of them that comes.
             self._add(wanted, compiled if general else None)
         key: Any = wanted

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import _compat
-from ..ranges import OpenSizes, Sizes
+from ..ranges import OpenSizes, Sizes, named
 from ..rates import bandwidth, operator_seconds, product_rate
 from .emit import Schedule
 from .views import concatenated, is_view, row_of, views_of
@@ -66,7 +66,7 @@ class Comparison:
         )
 
     def by_size(self) -> Iterator[tuple[str, int, bool]]:
-        """For each symbol, powers of two around its value, and whether the chain is worth iterating there.
+        """For each symbol, ends of ranges around its value, and whether the chain is worth iterating there.
 
         The other symbols keep their values.
         """
@@ -85,8 +85,12 @@ class Comparison:
         """Why the chain is to be left exact; empty if it is not."""
         if self.iterated_seconds <= _ENOUGH * self.exact_seconds:
             return ""
+        where = f" for sizes up to {named(self.sizes)}" if self.sizes else ""
         times = f"about {self.exact_seconds * 1e3:.3g} ms against {self.iterated_seconds * 1e3:.3g} ms"
-        return f'exact backpropagation is not expected to be slower: {times}; apply="always" iterates anyway'
+        return (
+            f"exact backpropagation is not expected to be slower{where}: {times}; "
+            'apply="always" iterates anyway'
+        )
 
     def __str__(self) -> str:
         parts = (
