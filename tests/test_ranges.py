@@ -11,13 +11,15 @@ from unittest import mock
 
 import pytest
 import torch
+from scan_cells import CELLS
 from small_models import compiled, grads
+from test_scans import Model, data
 from torch import Tensor, nn
 
 import hwbp_compile
 from hwbp_compile import _compat
 from hwbp_compile.backend import HighwayPass
-from hwbp_compile.control import choices
+from hwbp_compile.control import auto, choices
 from hwbp_compile.control.variants import Variants
 from hwbp_compile.options import Choice, Options
 from hwbp_compile.passes import worth
@@ -97,11 +99,11 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.allclose(p, q, rtol=1e-10, atol=1e-12) for p, q in zip(a, b, strict=True))
 
 
-def expected(m: nn.Module, x: Tensor, **options: Any) -> list[Tensor]:
+def expected(m: nn.Module, *x: Tensor, **options: Any) -> list[Tensor]:
     """Gradients of a copy that is compiled for one setting and these sizes."""
     torch._dynamo.reset()
     twin = copy.deepcopy(m)
-    found = grads(twin, compiled(twin, apply="always", **options), x)
+    found = grads(twin, compiled(twin, apply="always", **options), *x)
     torch._dynamo.reset()
     return found
 
@@ -224,6 +226,7 @@ def test_a_change_of_k(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_k_is_chosen_by_the_steps_in_which_something_is_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
     decide(monkeypatch, small)
+    monkeypatch.setattr(auto, "RECENT", 1)  # so that what is not read at once is never read
     m = model(2 * LENGTH)
     for block in list(m)[1:-1]:
         block.f.weight.data *= 0.1
@@ -349,7 +352,8 @@ class Reader(nn.Module):
         return y
 
 
-def test_recurrences_are_chosen_by_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scans", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recurrences_are_chosen_by_their_length(scans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def why(inputs: Any, carry: Any, weights: Any, key: str, settings: Any, sizes: Any) -> str:
@@ -358,17 +362,19 @@ def test_recurrences_are_chosen_by_their_length(monkeypatch: pytest.MonkeyPatch)
         return "" if steps > 16 else "too short"
 
     monkeypatch.setattr(capture, "why_exact_is_faster", why)
-    torch.manual_seed(0)
-    m = Reader().double()
-    inputs = {n: torch.randn(n, 2, 3, dtype=torch.float64) for n in (9, 30, 16, 17)}
-    want = {
-        n: expected(m, x, iterations=1, group_size=1) if n > 16 else grads(m, m, x) for n, x in inputs.items()
+    m = Model(CELLS["layer norm gru"]) if scans else Reader().double()
+    calls = {
+        n: data(m.cell, n, 2) if isinstance(m, Model) else [torch.randn(n, 2, 3, dtype=torch.float64)]
+        for n in (9, 30, 16, 17)
     }
-    c = compiled(m, iterations=1, group_size=1, dynamic=True)
+    want = {n: expected(m, *x, iterations=1 if n > 16 else "exact", group_size=1) for n, x in calls.items()}
+    for x, *_ in calls.values():
+        torch._dynamo.mark_dynamic(x, 0)
+    c = compiled(m, iterations=1, group_size=1)
     with counting() as compilations, mock.patch.object(_compat, "capture_joint_graphs") as traced:
         for _ in range(2):
-            for n, x in inputs.items():
-                assert equal(grads(m, c, x), want[n]), n
+            for n, inputs in calls.items():
+                assert equal(grads(m, c, *inputs), want[n]), n
             once = len(asked)
     assert iterated(compilations) == [True]
     assert len(asked) == once

@@ -62,13 +62,17 @@ class AutoIterations:
         self._waiting, self._decided = False, False
         self.warned = warned
 
-    def next_options(self, history: Reversible[Entry]) -> Options:
-        """The options of the next step."""
+    def take_in(self, history: Reversible[Entry]) -> None:
+        """Judge what was recorded since the last time."""
         unread = takewhile(lambda entry: entry.number > self._read, reversed(history))
         for entry in reversed(list(islice(unread, RECENT))):
             if entry.options.is_iterated and entry.is_here and (chains := entry.chains()):
                 self._read = entry.number
                 self._take(entry, chains)
+
+    def next_options(self, history: Reversible[Entry]) -> Options:
+        """The options of the next step."""
+        self.take_in(history)
         if self._until_watched <= 0 or not self._decided:
             # Where nothing is iterated nothing is recorded, and a watched step is no more than an exact one.
             if self._waiting:

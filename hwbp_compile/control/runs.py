@@ -199,6 +199,7 @@ class Runs:
         elif iterates(self.auto.first):
             options = self.auto.next_options(self.history)
         else:
+            self.auto.take_in(self.history)
             options = self.auto.exact
         if not self.records_blocks or not options.is_iterated:
             return options
