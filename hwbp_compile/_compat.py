@@ -154,8 +154,19 @@ def outside_of_tracing() -> Iterator[None]:
     from torch._dispatch.python import no_python_dispatcher
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), no_python_dispatcher():
+    with _disable_current_modes(), no_python_dispatcher(), without_hooks_on_saved_tensors():
         yield
+
+
+@contextmanager
+def without_hooks_on_saved_tensors() -> Iterator[None]:
+    """What is saved for backward passes inside is hidden from hooks of the user's, such as a checkpoint's."""
+    autograd: Any = torch._C._autograd
+    before = autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        autograd._saved_tensors_hooks_set_tracing(before)
 
 
 def graph_being_traced() -> fx.Graph | None:
@@ -405,7 +416,7 @@ def compile_later(
     mode = _fake_mode([x for x in example_inputs if isinstance(x, torch.Tensor)])
     if mode is None:
         return compile(), True
-    with tracing(TracingContext(mode)):
+    with tracing(TracingContext(mode)), without_hooks_on_saved_tensors():
         result = compile()
     return result, known_of_sizes(example_inputs) == known_before
 

@@ -15,6 +15,7 @@ from scan_cells import CELLS
 from small_models import compiled, grads
 from test_scans import Model, data
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hwbp_compile
 from hwbp_compile import _compat
@@ -259,14 +260,21 @@ def test_records_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(s.chains[0].block_steps) for s in history] == [0, LENGTH, LENGTH]
 
 
-def test_a_checkpoint_computes_again_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_found_out_inside_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes again what ran, and counts nothing of what was measured or compiled meanwhile."""
     decide(monkeypatch, small)
+
+    def seconds(*_: Any) -> float:
+        with _compat.outside_of_tracing():
+            torch.ones(2, requires_grad=True).square()
+        return 1.0
+
+    monkeypatch.setattr(worth, "seconds_of", seconds)
     m = model()
     c = compiled(m, iterations=1, dynamic=True)
     for n in (5, 40, 5):
-        want = grads(m, c, rows(n))
-        again = grads(m, lambda x: torch.utils.checkpoint.checkpoint(c, x, use_reentrant=False), rows(n))
-        assert equal(again, want)
+        again = grads(m, lambda x: checkpoint(c, x, use_reentrant=False), rows(n))
+        assert equal(again, grads(m, c, rows(n)))
 
 
 def test_programs_from_a_cache_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
