@@ -154,8 +154,19 @@ def outside_of_tracing() -> Iterator[None]:
     from torch._dispatch.python import no_python_dispatcher
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), no_python_dispatcher():
+    with _disable_current_modes(), no_python_dispatcher(), without_hooks_on_saved_tensors():
         yield
+
+
+@contextmanager
+def without_hooks_on_saved_tensors() -> Iterator[None]:
+    """What is saved for backward passes inside is hidden from hooks of the user's, such as a checkpoint's."""
+    autograd: Any = torch._C._autograd
+    before = autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        autograd._saved_tensors_hooks_set_tracing(before)
 
 
 def graph_being_traced() -> fx.Graph | None:
@@ -176,6 +187,23 @@ def size_hint(size: int | torch.SymInt) -> int:
     return int(hint(size, fallback=64))
 
 
+def size_at(size: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
+    """A size where its symbols have these values; what it was when it was traced if any has none."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    if not expression.free_symbols <= sizes.keys():
+        return size_hint(size)
+    return value_of(expression, sizes)
+
+
+def value_of(expression: Any, sizes: Mapping[Any, int]) -> int:
+    """An expression of ``sympy`` where its symbols have these values."""
+    import sympy
+
+    return int(expression.xreplace({symbol: sympy.Integer(value) for symbol, value in sizes.items()}))
+
+
 def size_expression(size: int | torch.SymInt) -> Any:
     """A size as an expression of ``sympy``."""
     import sympy
@@ -191,18 +219,20 @@ class Symbol:
     value: int
     low: int
     high: int
+    position: int
+    """Which of the graph's inputs it is."""
 
 
 def symbols_of(values: Sequence[Any]) -> tuple[Symbol, ...]:
     """Those among the inputs of a graph that are one symbol."""
     found = {}
-    for value in values:
+    for position, value in enumerate(values):
         if not isinstance(value, torch.SymInt) or not value.node.expr.is_symbol:
             continue
         expression = value.node.expr
         bounds = value.node.shape_env.var_to_range[expression]
         low, high = (int(b) if b.is_Integer else sys.maxsize for b in (bounds.lower, bounds.upper))
-        found[expression] = Symbol(expression, size_hint(value), low, high)
+        found[expression] = Symbol(expression, size_hint(value), low, high, position)
     return tuple(found.values())
 
 
@@ -415,7 +445,7 @@ def compile_later(
     mode = _fake_mode([x for x in example_inputs if isinstance(x, torch.Tensor)])
     if mode is None:
         return compile(), True
-    with tracing(TracingContext(mode)):
+    with tracing(TracingContext(mode)), without_hooks_on_saved_tensors():
         result = compile()
     return result, known_of_sizes(example_inputs) == known_before
 

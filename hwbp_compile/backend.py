@@ -14,11 +14,14 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from . import _compat
+from .control.choices import Findings
 from .control.variants import Variants
 from .options import Options, parse_options
 from .passes.pipeline import rewrite, simplified
 from .passes.record import drop_observations
 from .passes.row_gradients import join_row_gradients
+from .passes.worth import Comparison
+from .ranges import Range, open_sizes_of
 from .recurrent.capture import MARK, install, settle
 from .recurrent.scans import trained_scans
 from .report.log import log_record
@@ -45,8 +48,8 @@ def highway(
 
     def compile(
         gm: GraphModule, inputs: Sequence[Any], options: Options, keeps_records: bool
-    ) -> Callable[..., Any]:
-        settle(gm, options)
+    ) -> tuple[Callable[..., Any], Findings]:
+        layers = settle(gm, options)
         by_op = options.codegen == "eager"
         if not by_op and trained_scans(gm):
             log.warning(
@@ -55,8 +58,9 @@ def highway(
             )
             by_op = True
         compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
-        compiled: Callable[..., Any] = compiler(gm, inputs, inductor, HighwayPass(options, keeps_records))
-        return compiled
+        graph_pass = HighwayPass(options, keeps_records, open_sizes_of(gm).traced)
+        compiled: Callable[..., Any] = compiler(gm, inputs, inductor, graph_pass)
+        return compiled, Findings(layers, graph_pass.comparisons)
 
     return Variants(gm, example_inputs, ours, compile)
 
@@ -68,10 +72,14 @@ install()
 class HighwayPass:
     """The rewrite as a pass over joint graphs, with an identity that caches can rely on."""
 
-    def __init__(self, options: Options, keeps_records: bool = False) -> None:
+    def __init__(self, options: Options, keeps_records: bool = False, range: Range = ()) -> None:
         self.options = options
         self.keeps_records = keeps_records
         """Whether the last input of the graph is memory for :mod:`.passes.record`."""
+        self.range = range
+        """That of the sizes which were traced, for which is chosen what has not been chosen before."""
+        self.comparisons: tuple[Comparison | None, ...] | None = None
+        """What was compared for each chain; None while no graph was rewritten."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
@@ -80,10 +88,12 @@ class HighwayPass:
             drop_observations(graph)
             simplified(graph, join_row_gradients)
             return
-        log_record(rewrite(graph, options, keeps_records=self.keeps_records), graph)
+        record = rewrite(graph, options, keeps_records=self.keeps_records)
+        self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
+        log_record(record, graph)
 
     def uuid(self) -> Any:
-        """Changes with any option, any of our sources and the version of torch."""
+        """Changes with any option, any of our sources, the version of torch, and the sizes that decide."""
         return (
             "hwbp_compile",
             _source_hash(),
@@ -91,6 +101,7 @@ class HighwayPass:
             str(replace(self.options, given=frozenset())),
             tuple(sorted(self.options.given)),  # a set's own order differs between processes
             self.keeps_records,
+            self.range if self.options.chooses else (),
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from . import _compat
 from .errors import OptionError
@@ -17,6 +17,15 @@ MOST = 31
 
 def _option(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
+
+
+class Choice(NamedTuple):
+    """Which chains of a graph are iterated."""
+
+    over_time: tuple[bool, ...]
+    """In the order in which Dynamo's graph has them."""
+    over_depth: tuple[bool, ...]
+    """In the order of the backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class Options:
     """With ``iterations="exact"``: so many iterations are made to record their steps only. No option."""
     records_blocks: bool = False
     """Whether iterations record each block's last step besides the means. No option."""
+    chosen: Choice | None = None
+    """With ``apply="auto"``: what is chosen for a range of sizes; None where the passes choose. No option."""
     given: frozenset[str] = frozenset()
     """The names of those that the user gave; no option itself."""
 
@@ -84,6 +95,31 @@ class Options:
     def is_iterated(self) -> bool:
         """Whether a backward pass with these options may hold an iteration."""
         return self.apply != "never" and (self.iterations != "exact" or self.watch > 0)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it is still open which chains are iterated."""
+        return self.is_iterated and self.apply == "auto" and self.chosen is None
+
+    def exact(self) -> Options:
+        """The options of an exact backward pass: the same, whatever its iterations would have been."""
+        blocks, given = self.records_blocks, frozenset({"iterations"})
+        return Options(iterations="exact", codegen=self.codegen, records_blocks=blocks, given=given)
+
+    def for_chain(self, chosen: Sequence[bool] | None, number: int) -> Options:
+        """The options for one chain where some are chosen, by number; these where none are."""
+        if chosen is None:
+            return self
+        is_iterated = number < len(chosen) and chosen[number]
+        return replace(self, apply="always", chosen=None) if is_iterated else self.exact()
+
+    def judged(self) -> Options:
+        """The options by which it is chosen what these are used for.
+
+        Nothing is to be seen of a chain that would stay exact with one iteration.
+        """
+        watched: dict[str, Any] = {"iterations": 1, "watch": 0} if self.watch else {}
+        return replace(self, records_blocks=False, chosen=None, **watched)
 
     def shown(self) -> Options:
         """The options for looking at a graph: with "auto", which k it will be is not known yet."""

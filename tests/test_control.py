@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import hwbp_compile
 from hwbp_compile import _compat
+from hwbp_compile.control.choices import Findings
 from hwbp_compile.control.variants import KEPT, Variants
 from hwbp_compile.options import Options
 
@@ -182,7 +183,7 @@ def test_what_one_compilation_finds_of_a_length_is_not_taken_for_granted_by_the_
 
 def test_a_thousand_settings_leave_few_compiled_graphs() -> None:
     gm = torch.fx.symbolic_trace(nn.Identity())
-    variants = Variants(gm, [X], Options(), lambda *_: lambda *args: args)
+    variants = Variants(gm, [X], Options(), lambda *_: (lambda *args: args, Findings((), None)))
     options = [Options(iterations=k) for k in range(1000)]
     for each in options:
         variants._variant(each, [X])

@@ -64,8 +64,8 @@ def test_always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a batch of any size they have its symbol, and the values of the size at hand."""
-    fixed = decided(torch.randn(3, 4).double(), monkeypatch, 1.0, 1e30, iterations=1).comparison
+    """With a batch of any size they have its symbol, and its values at the end of the range at hand."""
+    fixed = decided(torch.randn(4, 4).double(), monkeypatch, 1.0, 1e30, iterations=1).comparison
     torch._dynamo.reset()
     free = decided(torch.randn(3, 4).double(), monkeypatch, 1.0, 1e30, iterations=1, dynamic=True).comparison
     assert fixed is not None
@@ -73,7 +73,7 @@ def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in ((fixed.exact, free.exact), (fixed.iterated, free.iterated)):
         assert (a.flops.value, len(a.products), a.kernels) == (b.flops.value, len(b.products), b.kernels)
         (symbol,) = b.flops.formula.free_symbols
-        assert b.flops.formula.subs(symbol, 3) == a.flops.formula == sympy.Integer(a.flops.value)
+        assert b.flops.formula.subs(symbol, 4) == a.flops.formula == sympy.Integer(a.flops.value)
     assert "FLOP in" in str(free)
     assert str(symbol) in str(free)
 

@@ -47,7 +47,8 @@ class AutoIterations:
         self._options = options
         self._tolerance = options.tolerance
         exact = replace(options, iterations="exact", given=options.given | {"iterations"})
-        self._exact = exact
+        self.exact = exact
+        """Those where nothing is iterated."""
         self.first = replace(exact, watch=options.max_iterations + 1)
         """Those of the first step, and of every step that is watched."""
         self._with: dict[int, Options] = {}
@@ -61,13 +62,17 @@ class AutoIterations:
         self._waiting, self._decided = False, False
         self.warned = warned
 
-    def next_options(self, history: Reversible[Entry]) -> Options:
-        """The options of the next step."""
+    def take_in(self, history: Reversible[Entry]) -> None:
+        """Judge what was recorded since the last time."""
         unread = takewhile(lambda entry: entry.number > self._read, reversed(history))
         for entry in reversed(list(islice(unread, RECENT))):
             if entry.options.is_iterated and entry.is_here and (chains := entry.chains()):
                 self._read = entry.number
                 self._take(entry, chains)
+
+    def next_options(self, history: Reversible[Entry]) -> Options:
+        """The options of the next step."""
+        self.take_in(history)
         if self._until_watched <= 0 or not self._decided:
             # Where nothing is iterated nothing is recorded, and a watched step is no more than an exact one.
             if self._waiting:
@@ -80,9 +85,9 @@ class AutoIterations:
     def _chosen(self) -> Options:
         k = self.iterations
         if k is None:
-            return self._exact
+            return self.exact
         if k not in self._with:
-            self._with[k] = replace(self._options, iterations=k, given=self._exact.given)
+            self._with[k] = replace(self._options, iterations=k, given=self.exact.given)
         return self._with[k]
 
     def _take(self, entry: Entry, chains: tuple[ChainRecord, ...]) -> None:

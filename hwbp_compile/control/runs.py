@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -185,11 +185,22 @@ class Runs:
         self._resolve()
         return self._options if self.auto is None else self.auto.first
 
-    def next_options(self) -> Options:
-        """The settings of the next training step; those that are always the same are the same object."""
+    def next_options(self, iterates: Callable[[Options], bool] = lambda _: True) -> Options:
+        """The settings of the next training step; those that are always the same are the same object.
+
+        Args:
+            iterates: whether with some options anything is iterated in that step. Where nothing is when the
+                iterations are to be watched, the step says nothing about k.
+        """
         if self._epoch != epoch():
             self._resolve()
-        options = self._options if self.auto is None else self.auto.next_options(self.history)
+        if self.auto is None:
+            options = self._options
+        elif iterates(self.auto.first):
+            options = self.auto.next_options(self.history)
+        else:
+            self.auto.take_in(self.history)
+            options = self.auto.exact
         if not self.records_blocks or not options.is_iterated:
             return options
         if options not in self._with_blocks:

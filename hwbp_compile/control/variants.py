@@ -1,12 +1,16 @@
-"""One graph, compiled for each of the settings that are asked for while the model trains."""
+"""One graph, compiled for each of the settings that are asked for while the model trains.
+
+Where it leaves sizes open, a setting may need several programs: see :mod:`.choices`.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -17,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .. import _compat
 from ..options import Options
 from ..passes.record import new_records
+from ..ranges import Range
+from .choices import Choices, Findings
 from .runs import Runs
 
 log = logging.getLogger(__name__)
@@ -24,8 +30,18 @@ log = logging.getLogger(__name__)
 KEPT = 16
 """Compiled settings of one graph; the one that was used longest ago gives way to another."""
 
-Compile = Callable[[GraphModule, Sequence[Any], Options, bool], Callable[..., Any]]
+Program = Callable[..., Any]
+Compile = Callable[[GraphModule, Sequence[Any], Options, bool], tuple[Program, Findings]]
 """Compiles a graph, which it may change, for example inputs; whether the last one is memory for records."""
+
+
+class _Current(NamedTuple):
+    """What the settings that were in force last need no more than a look for."""
+
+    options: Options
+    program: Program | None
+    """The one for all sizes; None where it depends on them."""
+    by_range: dict[Range, Program]
 
 
 class Variants:
@@ -44,7 +60,7 @@ class Variants:
         self._gm, self._options = gm, options
         self._fake = _compat.fake_inputs(gm, example_inputs)
         self._compile = compile
-        self._compiled: OrderedDict[Any, Callable[..., Any] | None] = OrderedDict()
+        self._compiled: OrderedDict[Any, Program | None] = OrderedDict()
         self._lock = threading.RLock()
         self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._frame = _compat.frame_being_compiled()
@@ -53,21 +69,30 @@ class Variants:
         self._position: int | None = None
         self._seen_arguments = False
         self._device = _device_of(gm, example_inputs) if _trains(gm, example_inputs) else None
-        # What the model begins with is compiled at once, while Dynamo is there.
+        # What the model begins with is compiled at once, while Dynamo is there. What is faster is chosen
+        # meanwhile, for the sizes at hand.
         first = self._runs_of(_compat.real_inputs(gm)).first_options()
-        self._current = first, self._compile_for(first, example_inputs)
-        self._add(*self._current)
+        program, findings = self._compile_for(first, example_inputs)
         self._known = _compat.known_of_sizes(self._fake)
+        self._choices = Choices(gm, self._fake, self._lock)
+        self._choices.found(first, findings)
+        range_ = self._choices.open_sizes.traced
+        self._first: tuple[Options, Range, Program] | None = (first, range_, program)
+        self._begun = first, program
+        depends = self._device is not None and self._choices.matter(first)
+        self._current = _Current(first, None if depends else program, {range_: program})
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph with the settings in force for the parameters it is given."""
         if self._device is None:  # settings are of the backward pass
-            return self._current[1](*args)
+            assert self._current.program is not None
+            return self._current.program(*args)
         runs = self._runs_of(args)
+        iterates = functools.partial(self._iterates, args)
         if _compat.in_backward_pass():  # a checkpoint computes again what it had not kept
-            options = runs.last_options or runs.next_options()
+            options = runs.last_options or runs.next_options(iterates)
             return self._variant(options, args)(*args, new_records(self._device, options.records_blocks))
-        options = runs.next_options()
+        options = runs.next_options(iterates)
         variant = self._variant(options, args)
         records = new_records(self._device, options.records_blocks)
         runs.began(options, records)
@@ -92,36 +117,70 @@ class Variants:
         self._last = ref(parameter), runs
         return runs
 
-    def _variant(self, options: Options, args: Sequence[Any]) -> Callable[..., Any]:
-        current, variant = self._current
-        if current is options:
-            return variant
-        with self._lock:
-            if options not in self._compiled:
-                log.info("A graph is compiled for iterations=%s.", options.iterations)
-                compiled, general = _compat.compile_later(
-                    lambda: self._compile_for(options, self._fake), self._fake, self._known
-                )
-                # Where it holds for some sizes only, it is compiled for each of them that comes.
-                self._add(options, compiled if general else None)
-            key: Any = options
-            if self._compiled[options] is None:
-                key = options, tuple(x for x in args if isinstance(x, int))
-            if key not in self._compiled:
-                self._add(key, self._compile_for(options, args))
-            self._compiled.move_to_end(key)
-            found = self._compiled[key]
-            assert found is not None
-            if key is options:
-                self._current = options, found
-            return found
+    def _iterates(self, args: Sequence[Any], options: Options) -> bool:
+        """Whether anything is iterated with these options, for these sizes."""
+        if not self._choices.matter(options):
+            return True
+        range_ = self._choices.open_sizes.range_of(args)
+        if self._first is not None:
+            if self._first[1] == range_:
+                return True  # It may be, and as long as there are no other sizes no more has to be known.
+            self._place_first()
+        return self._choices.options_for(options, range_).is_iterated
 
-    def _add(self, key: Any, variant: Callable[..., Any] | None) -> None:
-        self._compiled[key] = variant
+    def _variant(self, options: Options, args: Sequence[Any]) -> Program:
+        current = self._current
+        if current.options is options:
+            if current.program is not None:
+                return current.program
+            found = current.by_range.get(self._choices.open_sizes.range_of(args))
+            if found is not None:
+                return found
+        with self._lock:
+            return self._find(options, args)
+
+    def _find(self, options: Options, args: Sequence[Any]) -> Program:
+        self._place_first()
+        range_ = self._choices.open_sizes.range_of(args)
+        wanted = self._choices.options_for(options, range_)
+        if wanted not in self._compiled:
+            log.info("A graph is compiled for iterations=%s.", wanted.iterations)
+            (compiled, _), general = _compat.compile_later(
+                lambda: self._compile_for(wanted, self._fake), self._fake, self._known
+            )
+            if not general and self._choices.matter(options) and options == self._begun[0]:
+                log.info("That would hold for some of the sizes only. What was compiled first stays.")
+                compiled, general = self._begun[1], True
+            # Where it holds for some sizes only, it is compiled for each of them that comes.
+            self._add(wanted, compiled if general else None)
+        key: Any = wanted
+        if self._compiled[wanted] is None:
+            key = wanted, tuple(x for x in args if isinstance(x, int))
+        if key not in self._compiled:
+            self._add(key, self._compile_for(wanted, args)[0])
+        self._compiled.move_to_end(key)
+        found = self._compiled[key]
+        assert found is not None
+        if key is wanted:
+            before = self._current.by_range if self._current.options is options else {}
+            everywhere = None if self._choices.matter(options) else found
+            self._current = _Current(options, everywhere, before | {range_: found})
+        return found
+
+    def _place_first(self) -> None:
+        """Have the first program found by what was chosen for it."""
+        with self._lock:
+            if self._first is not None:
+                first, range_, program = self._first
+                self._first = None
+                self._add(self._choices.options_for(first, range_), program)
+
+    def _add(self, key: Any, program: Program | None) -> None:
+        self._compiled[key] = program
         while len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
 
-    def _compile_for(self, options: Options, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def _compile_for(self, options: Options, inputs: Sequence[Any]) -> tuple[Program, Findings]:
         gm = _compat.copy_dynamo_graph(self._gm)
         if self._device is None:
             return self._compile(gm, inputs, options, False)

@@ -79,8 +79,9 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     found.sort(key=lambda f: min((place[n] for block in f.blocks for n in block.nodes), default=0))
     lap("find")
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
-    for each in found:
-        done.outcomes.append(_outcome(graph, each, options, part, taken))
+    chosen = None if options.chosen is None else options.chosen.over_depth
+    for i, each in enumerate(found):
+        done.outcomes.append(_outcome(graph, each, options.for_chain(chosen, i), part, taken))
         lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes)
@@ -159,13 +160,15 @@ def _outcome(
     """Decide on one chain and trace its schedule."""
     if not options.watch:
         return _worth_it(graph, _plan(found, options, part, taken), options)
+    comparison = None
     if options.apply == "auto":
-        # Nothing is to be seen of a chain that would stay exact with one iteration.
-        least = replace(options, iterations=1, watch=0)
+        least = options.judged()
         outcome = _worth_it(graph, _plan(found, least, part, taken), least)
         if outcome.schedule is None:
             return outcome
-    return _plan(found, replace(options, iterations=options.watch), part, taken)
+        comparison = outcome.comparison
+    watched = _plan(found, replace(options, iterations=options.watch), part, taken)
+    return replace(watched, comparison=comparison)
 
 
 def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:

@@ -38,7 +38,7 @@ class Amount:
 
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Amount:
         """The same for other values of the symbols."""
-        return Amount(self.formula, int(self.formula.subs(sizes)))
+        return Amount(self.formula, _compat.value_of(self.formula, sizes))
 
     @staticmethod
     def of(size: Any) -> Amount:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-import sympy
 import torch
 from torch.fx import Graph, Node
 
 from .. import _compat
+from ..ranges import OpenSizes, Sizes, named
 from ..rates import bandwidth, operator_seconds, product_rate
 from .emit import Schedule
 from .views import concatenated, is_view, row_of, views_of
@@ -38,44 +38,59 @@ class Comparison:
     device: torch.device
     calls: tuple[float, float]
     """Beside the work, in calls of a small operator."""
-    symbols: tuple[_compat.Symbol, ...] = ()
+    open_sizes: OpenSizes = field(default_factory=lambda: OpenSizes(()))
     """The sizes that the graph leaves open."""
+    sizes: Sizes = field(default_factory=dict)
+    """Their values here."""
 
-    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Comparison:
-        """The same for other values of the symbols, each of which must have one."""
-        works = [work.at(sizes) for work in (self.exact, self.iterated)]
-        seconds = [seconds_of(w, self.device, c) for w, c in zip(works, self.calls, strict=True)]
+    @property
+    def is_open(self) -> bool:
+        """Whether the outcome depends on open sizes, and on these only, not on data."""
+        works = (self.exact, self.iterated)
+        free = set().union(*(f.free_symbols for w in works for f in (w.flops.formula, w.bytes.formula)))
+        return bool(free) and free <= {s.expression for s in self.open_sizes.symbols}
+
+    def at(self, sizes: Sizes) -> Comparison:
+        """The same for other values of the open sizes; this one if the outcome does not depend on them."""
+        if not self.is_open or sizes == self.sizes:
+            return self
+        exact, iterated = self.exact.at(sizes), self.iterated.at(sizes)
+        seconds = [seconds_of(w, self.device, c) for w, c in zip((exact, iterated), self.calls, strict=True)]
         return replace(
-            self, exact=works[0], iterated=works[1], exact_seconds=seconds[0], iterated_seconds=seconds[1]
+            self,
+            exact=exact,
+            iterated=iterated,
+            exact_seconds=seconds[0],
+            iterated_seconds=seconds[1],
+            sizes=sizes,
         )
 
     def by_size(self) -> Iterator[tuple[str, int, bool]]:
-        """For each symbol, powers of two around its value, and whether the chain is worth iterating there.
+        """For each symbol, ends of ranges around its value, and whether the chain is worth iterating there.
 
         The other symbols keep their values.
         """
-        here = {s.expression: s.value for s in self.symbols}
-        if not self._free <= here.keys():
-            return  # sizes that depend on data
-        for symbol in self.symbols:
+        if not self.is_open:
+            return
+        for symbol in self.open_sizes.symbols:
             low = max(symbol.low, symbol.value // _AROUND, 1)
             high = min(symbol.high, symbol.value * _AROUND)
             for exponent in range((low - 1).bit_length(), high.bit_length()):
                 size = 1 << exponent
-                yield str(symbol.expression), size, not self.at(here | {symbol.expression: size}).reason
-
-    @property
-    def _free(self) -> set[sympy.Symbol]:
-        works = (self.exact, self.iterated)
-        return set().union(*(f.free_symbols for w in works for f in (w.flops.formula, w.bytes.formula)))
+                others = dict(self.sizes) | {symbol.expression: size}
+                yield str(symbol.expression), size, not self.at(others).reason
 
     @property
     def reason(self) -> str:
         """Why the chain is to be left exact; empty if it is not."""
         if self.iterated_seconds <= _ENOUGH * self.exact_seconds:
             return ""
+        where = f" for sizes up to {named(self.sizes)}" if self.sizes else ""
         times = f"about {self.exact_seconds * 1e3:.3g} ms against {self.iterated_seconds * 1e3:.3g} ms"
-        return f'exact backpropagation is not expected to be slower: {times}; apply="always" iterates anyway'
+        return (
+            f"exact backpropagation is not expected to be slower{where}: {times}; "
+            'apply="always" iterates anyway'
+        )
 
     def __str__(self) -> str:
         parts = (
@@ -90,7 +105,10 @@ class Comparison:
 
 
 def compare(graph: Graph, schedule: Schedule) -> Comparison:
-    """Count the backward half of a joint graph as it is and with a schedule, and predict the times."""
+    """Count the backward half of a joint graph as it is and with a schedule, and predict the times.
+
+    They are those at the end of the range of the sizes that were traced.
+    """
     backward = [n for n in graph.nodes if n.meta.get("partitioner_tag") == "is_backward"]
     device = next(n.meta["val"].device for n in schedule.replaced)
     replaced = set(schedule.replaced)
@@ -111,9 +129,12 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
     calls = _calls_of_boundary(graph, set(backward))
     copied = {views_of(outer[p])[0] for n in own if not is_slice(n) for p in concatenated(n) if p in outer}
     more = calls + _COPIED * sum(n.op == "placeholder" for n in copied)
+    open_sizes = OpenSizes([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
+    found = Comparison(exact, iterated, 0.0, 0.0, device, (calls, more), open_sizes)
+    if found.is_open:
+        return found.at(open_sizes.ends_of(open_sizes.traced))
     seconds = seconds_of(exact, device, calls), seconds_of(iterated, device, more)
-    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
-    return Comparison(exact, iterated, *seconds, device, (calls, more), _compat.symbols_of(values))
+    return replace(found, exact_seconds=seconds[0], iterated_seconds=seconds[1])
 
 
 def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from .. import _compat
 from ..errors import CannotRewrite
 from ..options import Options
+from ..ranges import Sizes, open_sizes_of
 from .backward import EXACT, Settings
 from .cost import why_exact_is_faster
 from .layer import recurrent_layer
@@ -118,20 +119,35 @@ class Layer:
     """Their number, which may be symbolic."""
     carry: tuple[Tensor, ...]
     """Each component of the state, as a fake tensor."""
+    by_cost: bool = False
+    """Whether ``reason`` depends on what it is expected to cost, and so on the sizes."""
 
 
-def settle(gm: GraphModule, options: Options) -> list[Layer]:
-    """Write the options in force into the recurrences of a graph that Dynamo made, and list these."""
+def settle(gm: GraphModule, options: Options, sizes: Sizes | None = None) -> list[Layer]:
+    """Write the options in force into the recurrences of a graph that Dynamo made, and list these.
+
+    Args:
+        gm: the graph.
+        options: those of the whole graph.
+        sizes: what is faster is decided for these values of the sizes that it leaves open; by default for
+            those at the end of the range that was traced.
+    """
     target = torch.ops.hwbp_compile.recurrent_layer.default
     layers: list[Layer] = []
     options = options.over_time()
+    chosen = None if options.chosen is None else options.chosen.over_time
+    if sizes is None:
+        open_sizes = open_sizes_of(gm)
+        sizes = open_sizes.ends_of(open_sizes.traced)
     for module in gm.modules():
         if not isinstance(module, GraphModule):
             continue
         found = [n for n in module.graph.nodes if n.op == "call_function" and n.target is target]
-        layers.extend(_settle(node, options) for node in found)
+        for node in found:
+            layers.append(_settle(node, options.for_chain(chosen, len(layers)), sizes))
         scans = scans_in(module.graph)
-        layers.extend(_settle_scan(module, node, options) for node in scans)
+        for node in scans:
+            layers.append(_settle_scan(module, node, options.for_chain(chosen, len(layers)), sizes))
         if found or scans:
             module.recompile()
     return layers
@@ -154,18 +170,19 @@ def _unwanted(options: Options) -> str:
 _RESIDUALS = {"gru": "gate", "lstm": "gate on a state of 2 tensors"}
 
 
-def _settle(node: Node, options: Options) -> Layer:
+def _settle(node: Node, options: Options, sizes: Sizes) -> Layer:
     kind = str(node.args[3])
     reason = _unwanted(options)
     if not reason and kind not in _RESIDUALS:
         reason = "no residual path: a step of nn.RNN hands its state on through a matrix only"
     x, carry, weights = (_values(n) for n in ((node.args[0],), node.args[1], node.args[2]))
-    reason = reason or _too_slow(kind, x, carry, weights, options)
+    by_cost = not reason and options.apply == "auto"
+    reason = reason or _too_slow(kind, x, carry, weights, options, sizes)
     settings = _settings(options, reason)
     node.args = (*node.args[:4], *astuple(settings))
     _log(kind, reason, settings)
     values, steps = tuple(carry), x[0].shape[0]
-    return Layer(node, kind, reason, _RESIDUALS.get(kind, ""), steps, values)
+    return Layer(node, kind, reason, _RESIDUALS.get(kind, ""), steps, values, by_cost)
 
 
 def _values(nodes: Any) -> list[Tensor]:
@@ -173,19 +190,21 @@ def _values(nodes: Any) -> list[Tensor]:
 
 
 def _too_slow(
-    key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], options: Options
+    key: str,
+    inputs: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    options: Options,
+    sizes: Sizes,
 ) -> str:
     """Why ``apply="auto"`` leaves it exact; empty if it does not."""
     if options.apply != "auto":
         return ""
-    settings = _settings(options, "")
-    if options.watch:  # nothing is to be seen of what would stay exact with one iteration
-        settings = replace(settings, iterations=1, watch=0)
-    return why_exact_is_faster(inputs, carry, weights, key, settings)
+    return why_exact_is_faster(inputs, carry, weights, key, _settings(options.judged(), ""), sizes)
 
 
-def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
-    reason, residual = _unwanted(options), ""
+def _settle_scan(module: GraphModule, node: Node, options: Options, sizes: Sizes) -> Layer:
+    reason, residual, by_cost = _unwanted(options), "", False
     init, inputs = node.args[1], node.args[2]
     values, steps = tuple(_values(init)), _values(inputs)[0].shape[0]
     if options.apply != "never":
@@ -194,7 +213,8 @@ def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
             residual = scan.residual
             reason = reason or scan.why_not_parallel
             x, carry, weights = (_values(nodes) for nodes in (scan.inputs, scan.init, scan.weights))
-            reason = reason or _too_slow(scan.cell, x, carry, weights, options)
+            by_cost = not reason and options.apply == "auto"
+            reason = reason or _too_slow(scan.cell, x, carry, weights, options, sizes)
             node = scan.replace(_settings(options, reason))
         except CannotRewrite as refusal:
             reason = refusal.reason
@@ -206,7 +226,7 @@ def _settle_scan(module: GraphModule, node: Node, options: Options) -> Layer:
     if node in scans_in(module.graph):
         make_ready(module, node)
     _log("scan", reason, _settings(options, reason))
-    return Layer(node, "scan", reason, residual, steps, values)
+    return Layer(node, "scan", reason, residual, steps, values, by_cost)
 
 
 def _log(kind: str, reason: str, settings: Settings) -> None:

@@ -22,6 +22,7 @@ from .. import _compat
 from ..errors import CannotRewrite
 from ..passes.linear_ops import MATRIX_PRODUCTS, op_name
 from ..passes.program import externals_of
+from ..ranges import Sizes
 from ..rates import bandwidth, budget, now, operator_seconds, product_rate
 from .backward import EXACT, Cotangent, Settings
 from .cell_graph import trace_cell
@@ -32,6 +33,7 @@ from .recurrence import kernel_name
 
 log = logging.getLogger(__name__)
 
+_AS_TRACED: Sizes = {}
 _SMALL = 0.01
 """What all tensors are filled with while something is measured."""
 _PATIENCE = 0.1
@@ -102,17 +104,22 @@ class Case:
 
 
 def case_of(
-    key: str, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
+    key: str,
+    inputs: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    sizes: Sizes = _AS_TRACED,
 ) -> tuple[Case, int]:
     """The case of these tensors, which may be fake and have symbolic sizes, and the number of steps.
 
     Args:
         key: the cell's.
         inputs: ``[T, ...]`` each; they, the initial ``carry`` and the ``weights`` may require gradients.
+        sizes: values of symbols; by default those that were traced.
     """
 
     def described(x: Tensor, first: int = 0) -> tuple[tuple[int, ...], bool]:
-        return tuple(_compat.size_hint(n) for n in x.shape[first:]), x.requires_grad
+        return tuple(_compat.size_at(n, sizes) for n in x.shape[first:]), x.requires_grad
 
     case = Case(
         key,
@@ -123,17 +130,22 @@ def case_of(
         carry[0].device,
         torch.get_num_threads(),
     )
-    return case, _compat.size_hint(inputs[0].shape[0])
+    return case, _compat.size_at(inputs[0].shape[0], sizes)
 
 
 def why_exact_is_faster(
-    inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor], key: str, settings: Settings
+    inputs: Sequence[Tensor],
+    carry: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    key: str,
+    settings: Settings,
+    sizes: Sizes = _AS_TRACED,
 ) -> str:
     """Why the exact backward pass is chosen, for these tensors of all steps; empty if the iteration is.
 
-    The forward passes are counted too: the library's and ours differ.
+    The forward passes are counted too: the library's and ours differ. Arguments as of :func:`case_of`.
     """
-    case, steps = case_of(key, inputs, carry, weights)
+    case, steps = case_of(key, inputs, carry, weights, sizes)
     if not case.trains:
         return ""
     if case.empty:

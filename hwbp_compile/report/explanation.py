@@ -34,7 +34,7 @@ class CostReport:
     """That all other kernels move, as a formula."""
     kernels: int
     seconds: float
-    """Expected on this machine at the sizes of the call."""
+    """Expected on this machine at the sizes of the call; of dynamic ones, at the end of their range."""
 
     def __str__(self) -> str:
         return (
@@ -45,11 +45,11 @@ class CostReport:
 
 @dataclass(frozen=True, slots=True)
 class SizesReport:
-    """What would be chosen for other values of a size that the graph leaves open, the others as they are."""
+    """What is chosen for other values of a size that the graph leaves open, the others as they are."""
 
     symbol: str
     iterated: tuple[tuple[int, bool], ...]
-    """Values, and whether the chain would be iterated."""
+    """Powers of two, and whether the chain is iterated for sizes above half of them, up to them."""
 
     def __str__(self) -> str:
         said = []
@@ -110,7 +110,7 @@ class ChainReport:
     costs: tuple[CostReport, CostReport] | None = None
     """Of the backward pass as it is and with this chain iterated, where ``apply="auto"`` compared them."""
     sizes: tuple[SizesReport, ...] = ()
-    """With dynamic shapes, what would be right for others. Chosen is what is right for those of the call."""
+    """With dynamic shapes, what is chosen for others. The rest of the report is for those of the call."""
 
     @property
     def shape(self) -> tuple[int | str, ...]:

@@ -96,7 +96,7 @@ def _remarks(number: int, chain: ChainReport) -> str:
         exact, iterated = chain.costs
         said.append(f"exact: {exact}")
         said.append(f"iterated: {iterated}, expected to be {exact.seconds / iterated.seconds:.2f}x as fast")
-    said.extend(f"for other sizes (powers of two) right would be: {sizes}" for sizes in chain.sizes)
+    said.extend(f"by size, up to the next power of two: {sizes}" for sizes in chain.sizes)
     if chain.lines:
         said.append(f"source of the first block: {shorten_lines(chain.lines)}")
     return "\n".join([f"Chain {number}", *(_item(s) for s in said)]) if said else ""
