@@ -150,11 +150,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def outside_of_tracing() -> Iterator[None]:
-    """Whatever is being traced around this context sees nothing of it."""
+    """Whatever is being traced around this context sees nothing of it, nor do casts around it matter."""
     from torch._dispatch.python import no_python_dispatcher
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes(), no_python_dispatcher(), without_hooks_on_saved_tensors():
+    with (
+        _disable_current_modes(),
+        no_python_dispatcher(),
+        without_hooks_on_saved_tensors(),
+        without_autocast(torch.device("cpu")),
+        without_autocast(torch.device("cuda")),
+    ):
         yield
 
 

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from .. import stack_op as stack_op  # the operator
 from .row_gradients import call
 from .sink import stacked_early
-from .views import dependent_on_tangents
+from .views import dependent_on_tangents, views_of
 
 
 def stack_early(graph: Graph) -> int:
@@ -31,7 +31,7 @@ def stack_early(graph: Graph) -> int:
 
 def _is_worth_it(parts: tuple[Node, ...]) -> bool:
     """Whether they are many, are not all given to the forward pass, and have sizes that are known."""
-    if len(parts) < _MANY or all(n.op == "placeholder" for n in parts):
+    if len(parts) < _MANY or all(views_of(n)[0].op == "placeholder" for n in parts):
         return False
     value = parts[0].meta["val"]
     return isinstance(value, Tensor) and all(isinstance(n, int) for n in value.shape)

@@ -26,7 +26,7 @@ from .graft import graft
 from .linear_ops import nodes_in, op_name
 from .replay import COMMUTE, Replay
 from .rows import gather
-from .views import concatenated, dependent_on_tangents
+from .views import concatenated, dependent_on_tangents, views_of
 
 Column = tuple[Node, ...]
 """Corresponding values of several blocks."""
@@ -152,8 +152,9 @@ def _cost(column: Column) -> float:
         return 0
     if not isinstance(value, Tensor):
         return math.inf  # several tensors: each of them can be stacked
-    if all(n.op == "placeholder" for n in column):
-        return _A_STACK + len(column) * _AN_INPUT  # it is there anyway
+    sources = [views_of(n)[0] for n in column]
+    if all(n.op == "placeholder" for n in sources):  # they are there anyway; views of them are no better
+        return _A_STACK + len(column) * _AN_INPUT + (sources != list(column))
     return _A_STACK + len(column) * _compat.size_hint(value.numel()) * value.element_size()
 
 

@@ -1,0 +1,161 @@
+"""What is kept for a rewritten backward pass: few stacks, of what the rest is computed from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hwbp_compile.passes.linear_ops import op_name
+from hwbp_compile.passes.sink import sink_stacks
+from hwbp_compile.passes.views import concatenated
+
+
+ROWS, WIDTH = 64, 48
+"""Large enough for values to count for more than the number of tensors."""
+
+
+class Block(nn.Module):
+    """A norm, a product, and an activation with a formula of its own."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.up(self.norm(x)))
+
+
+class Shifted(nn.Module):
+    """Reads the state through an elementwise function, as the state's own update does."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        return x + y * torch.sigmoid(self.up(y))
+
+
+class Attention(nn.Module):
+    """Three values that are parts of one product."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(2, ROWS // 2, 2, WIDTH // 2).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return x + self.out((weights @ v).transpose(1, 2).reshape(2, ROWS // 2, WIDTH))
+
+
+def kept_by(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[int], list[Tensor]]:
+    """Bytes of what is kept beside inputs and parameters, and the gradients."""
+    own = {t.data_ptr() for t in (x, *model.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    compiled = torch.compile(model, backend="highway", options={"codegen": "eager", **options})
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = compiled(x)
+    y.square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return sorted(kept.values()), gradients
+
+
+@pytest.mark.parametrize("make", [Block, Shifted, Attention])
+def test_what_is_kept(make: Any) -> None:
+    """No more tensors for more blocks, and no more bytes than exact backpropagation needs, or few."""
+    found = []
+    for depth in (8, 12):
+        torch._dynamo.reset()
+        model = nn.Sequential(*(make() for _ in range(depth))).double()
+        x = torch.randn((2, ROWS // 2, WIDTH) if make is Attention else (ROWS, WIDTH), dtype=torch.float64)
+        exact, expected = kept_by(copy.deepcopy(model), x, {"apply": "never"})
+        torch._dynamo.reset()
+        kept, gradients = kept_by(model, x, {"iterations": depth, "apply": "always"})
+        for a, b in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        assert sum(kept) <= 1.1 * sum(exact)
+        found.append(len(kept))
+    if make is not Shifted:  # in which stacks would have some rows in common
+        assert found[0] == found[1] < 8
+
+
+def stacks_after(function: Any, *inputs: Tensor) -> list[list[str]]:
+    """What is concatenated in a graph of a backward pass, once stacks are sunk; results stay as they were."""
+    traced = make_fx(function, tracing_mode="fake")(*inputs)
+    expected = traced(*inputs)
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            node.meta["partitioner_tag"] = "is_backward"
+    sink_stacks(traced.graph)
+    traced.graph.lint()
+    traced.recompile()
+    torch.testing.assert_close(traced(*inputs), expected)
+    parts = [concatenated(n) for n in traced.graph.nodes]
+    return sorted(
+        [op_name(n) if n.op == "call_function" else n.op for n in column] for column in parts if column
+    )
+
+
+def test_functions_of_one_value_share_its_stack() -> None:
+    def function(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        made = [x @ x.t() for x in rows]
+        twice = [m * m.sigmoid() for m in made]
+        return torch.cat([t * 2 for t in twice]), torch.cat([m.tanh().t() for m in made[1:]])
+
+    rows = [torch.randn(3, 3) for _ in range(4)]
+    assert stacks_after(function, *rows) == [["aten::mm"] * 4]
+
+
+def test_of_equal_values_one_is_stacked() -> None:
+    def function(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        first = [(x @ x).exp() + 1 for x in rows]
+        again = [(x @ x).exp() for x in rows]
+        return torch.cat(first), torch.cat(again)
+
+    assert stacks_after(function, *(torch.randn(3, 3) for _ in range(3))) == [["aten::mm"] * 3]
+
+
+def test_the_smaller_one_is_stacked() -> None:
+    """A result that is smaller than what it is made of, and one whose parts differ in how they are made."""
+
+    def narrow(*rows: Tensor) -> Tensor:
+        return torch.cat([(x @ x).sum(1, keepdim=True).exp() for x in rows])
+
+    wide = [torch.randn(600, 600) for _ in range(2)]
+    assert stacks_after(narrow, *wide) == [["aten::sum"] * 2]
+
+    def added(*rows: Tensor) -> Tensor:
+        return torch.cat([(x @ x) + (y @ y) for x, y in zip(rows[::2], rows[1::2], strict=True)])
+
+    assert stacks_after(added, *(torch.randn(3, 3) for _ in range(4))) == [["aten::add"] * 2]
+
+    def unlike(*rows: Tensor) -> Tensor:
+        return torch.cat([x.exp() if i % 2 else x.sin() for i, x in enumerate(rows)])
+
+    assert stacks_after(unlike, *(torch.randn(3, 3) for _ in range(2))) == [["aten::sin", "aten::exp"]]
+
+
+def test_random_numbers_stay_where_they_are() -> None:
+    def function(*rows: Tensor) -> Tensor:
+        return torch.cat([torch.bernoulli(x) * x for x in rows])
+
+    traced = make_fx(function, tracing_mode="fake")(torch.rand(3), torch.rand(3))
+    for node in traced.graph.nodes:
+        node.meta["partitioner_tag"] = "is_backward"
+    sink_stacks(traced.graph)
+    drawn = [n for n in traced.graph.nodes if n.op == "call_function" and op_name(n) == "aten::bernoulli"]
+    assert [tuple(n.meta["val"].shape) for n in drawn] == [(3,), (3,)]
