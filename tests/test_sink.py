@@ -15,7 +15,6 @@ from hwbp_compile.passes.linear_ops import op_name
 from hwbp_compile.passes.sink import sink_stacks
 from hwbp_compile.passes.views import concatenated
 
-
 ROWS, WIDTH = 64, 48
 """Large enough for values to count for more than the number of tensors."""
 
