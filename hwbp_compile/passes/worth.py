@@ -20,9 +20,9 @@ _ENOUGH = 0.85
 """The share of the exact backward pass's time that an approximate one may be expected to take at most."""
 _KERNEL, _PRODUCT = 2.0, 1.0
 """A call from generated code, of a kernel or in addition to a product, in calls of a small operator."""
-_READ, _RETURNED, _COPIED = 1.1, 2.5, 3.0
-"""A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, and a
-parameter that is copied into a stack, in calls of a small operator."""
+_READ, _RETURNED, _COPIED, _KEPT = 1.1, 2.5, 3.0, 0.5
+"""A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, a
+parameter that is copied into a stack, and what is given as a row of a stack, in calls of a small operator."""
 _AROUND = 8
 """How far from the value of a symbol, up and down, the decision is made for other values."""
 
@@ -126,9 +126,11 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
 
     iterated = rest + work_of(own, is_slice)
-    calls = _calls_of_boundary(graph, set(backward))
+    read, returned = _boundary(graph, set(backward))
+    calls = _READ * len(read) + _RETURNED * returned
     copied = {views_of(outer[p])[0] for n in own if not is_slice(n) for p in concatenated(n) if p in outer}
-    more = calls + _COPIED * sum(n.op == "placeholder" for n in copied)
+    kept = {n for n in read.intersection(schedule.inputs) if views_of(n)[0].op != "placeholder"}
+    more = calls + _COPIED * sum(n.op == "placeholder" for n in copied) + (_KEPT - _READ) * len(kept)
     open_sizes = OpenSizes([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
     found = Comparison(exact, iterated, 0.0, 0.0, device, (calls, more), open_sizes)
     if found.is_open:
@@ -143,11 +145,11 @@ def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:
     return node in wanted
 
 
-def _calls_of_boundary(graph: Graph, backward: set[Node]) -> float:
-    """What the tensors that a backward pass reads from outside and returns take, in calls of an operator."""
+def _boundary(graph: Graph, backward: set[Node]) -> tuple[set[Node], int]:
+    """What a backward pass reads from outside, and how many tensors it returns."""
     (output,) = graph.find_nodes(op="output")
     read = {n for node in backward for n in node.all_input_nodes if n not in backward}
-    return _READ * len(read) + _RETURNED * sum(n in backward for n in output.all_input_nodes)
+    return read, sum(n in backward for n in output.all_input_nodes)
 
 
 def _live(graph: Graph, schedule: Schedule) -> set[Node]:
