@@ -48,11 +48,11 @@ def allocated(parts: Iterator[None], device: torch.device) -> list[Part]:
     allocate for themselves, and what other threads allocate inside of an operator. What was allocated before
     counts as being there to the end.
     """
-    return (_of_cuda if device.type == "cuda" else _of_cpu)(parts, device)
+    return _of_cuda(parts, device) if device.type == "cuda" else _of_cpu(parts)
 
 
 def _of_cuda(parts: Iterator[None], device: torch.device) -> list[Part]:
-    found = []
+    found: list[Part] = []
     before = torch.cuda.memory_allocated(device)
     while True:
         torch.cuda.reset_peak_memory_stats(device)
@@ -63,9 +63,9 @@ def _of_cuda(parts: Iterator[None], device: torch.device) -> list[Part]:
         found.append(Part(peak - before, end - before))
 
 
-def _of_cpu(parts: Iterator[None], _: torch.device) -> list[Part]:
+def _of_cpu(parts: Iterator[None]) -> list[Part]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _none in parts:
+        for _ in parts:
             with record_function(_STOP):
                 pass
     results = profiler.profiler

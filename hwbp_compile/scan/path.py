@@ -29,12 +29,12 @@ def scan_path(
         for j, entry in enumerate(path.entries[i]):
             if j != i and entry is not None:
                 terms = add_values(terms, apply(entry, done[j][:-1]))
-        done[i] = _scan_one(path.entries[i][i], first[i], terms, blocks)
+        done[i] = _scan_one(path.from_first[i], first[i], terms, blocks)
     return tuple(done[i] for i in range(path.size))
 
 
 def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blocks: int) -> Tensor:
-    """One component's recurrence, all rows.
+    """One component's recurrence, all rows; a tensor has a coefficient more, see :attr:`.from_first`.
 
     The first row is made where the others are, by a term of zero before them: a concatenation would copy all,
     and compilers write the parts that they know into it long before the others, which takes its memory.
@@ -45,17 +45,12 @@ def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blo
         terms = first.new_zeros((blocks, *first.shape))
     if coefficient is None:
         return torch.cat([first.unsqueeze(0), terms])
-    terms = _with_row_before(terms, 0.0)
+    terms = torch.constant_pad_nd(terms, [0, 0] * (terms.dim() - 1) + [1, 0])
     if isinstance(coefficient, float):
         if coefficient == 1.0:
             # A half-precision running sum would lose what a sum of autograd's `add`s in float32 keeps.
             wide = torch.float32 if terms.dtype in (torch.float16, torch.bfloat16) else terms.dtype
             return (first.unsqueeze(0).to(wide) + torch.cumsum(terms, 0, dtype=wide)).to(terms.dtype)
-        coefficient = terms.new_full((1,) * terms.dim(), coefficient).expand(
-            blocks, *(1,) * (terms.dim() - 1)
-        )
-    return linear_scan(terms, _with_row_before(coefficient.to(terms.dtype), 1.0), first)
-
-
-def _with_row_before(x: Tensor, value: float) -> Tensor:
-    return torch.constant_pad_nd(x, [0, 0] * (x.dim() - 1) + [1, 0], value)
+        one = (1,) * (terms.dim() - 1)
+        coefficient = torch.cat([terms.new_ones((1, *one)), terms.new_full((blocks, *one), coefficient)])
+    return linear_scan(terms, coefficient.to(terms.dtype), first)
