@@ -2,7 +2,7 @@
 
 For each row of the grid, in its own process: milliseconds of the forward and the backward pass and of the
 whole step with AdamW (fused), the smallest cosine of a parameter's gradient to the exact one, seconds to
-compile with empty and with filled caches, and by how much a step raises the memory in use. Beside it the
+compile with empty and with filled caches, and the most memory that a step allocates. Beside it the
 floor: the FLOPs of an exact step, the bytes of the weights, and the products one after the other in a
 backward pass, exact and iterated.
 
@@ -34,6 +34,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from allocations import memory_of
 from depth_case import ALL, CHOSEN, GRIDS, Case, K, caches_in, compile_seconds
 from depth_models import FAMILIES, Row
 from json_lines import add_line, read_lines
@@ -44,7 +45,6 @@ from measuring import (
     captured,
     measure,
     measure_parts,
-    memory_of,
     parser,
     set_limits,
     set_up,
@@ -81,7 +81,7 @@ def measure_row(
         name: {
             "cosine": smallest_cosine(case.gradients(step, step), exact),
             "compile": seconds[name],
-            "megabytes": memory_of(step),
+            "megabytes": memory_of(step).peak / 1e6,
         }
         for name, step in steps.items()
     }

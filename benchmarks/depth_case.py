@@ -65,8 +65,11 @@ STACKED = {
     f"stacked, {name}": options for name, options in ({"exact": {"apply": "never"}} | ITERATED).items()
 }
 """With parameters in stacks; exact is Inductor's, apart from the gradients of rows."""
-ALL = {"inductor": None, **SETTINGS, **STACKED}
-CHOSEN = {"cpu": list(ALL), "cuda": ["inductor", K, "stacked, exact", f"stacked, {K}"]}
+ALL = {"inductor": None, "exact": {"iterations": "exact"}, **SETTINGS, **STACKED}
+CHOSEN = {
+    "cpu": ["inductor", *SETTINGS, *STACKED],
+    "cuda": ["inductor", K, "stacked, exact", f"stacked, {K}"],
+}
 """By device."""
 
 
@@ -88,15 +91,15 @@ class Case:
         self.flops = counter.get_total_flops()
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str, optimizer: bool = True) -> Step:
         """Of a copy, compiled with a setting at its first call."""
         module = copy.deepcopy(self.model)
         if name in STACKED:
             hwbp_compile.stack_parameters(module)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+        adam = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True) if optimizer else None
         backend = "inductor" if name == "inductor" else "highway"
         compiled = torch.compile(module, backend=backend, options=ALL[name], dynamic=False)
-        return Step(module, compiled, self.x, self.direction, optimizer)
+        return Step(module, compiled, self.x, self.direction, adam)
 
     def gradients(self, step: Step, do: Step | Replay) -> list[Tensor]:
         """Of the weights that the model began with, by the names that they have without stacks."""

@@ -1,12 +1,9 @@
-"""What the benchmarks share: training steps, timed in turns, and the memory that they take."""
+"""What the benchmarks share: training steps, timed in turns."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import fcntl
-import gc
-import math
 import os
 import platform
 import statistics
@@ -158,29 +155,6 @@ def measure_parts(steps: Mapping[str, Step | Replay], repeats: int) -> dict[str,
         name: tuple(statistics.median(column) * 1e3 for column in zip(*rows, strict=True))
         for name, rows in found.items()
     }
-
-
-def memory_of(step: Callable[[], object]) -> float:
-    """By how many megabytes a step raises the memory in use at most; nan where that cannot be told."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    try:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        step()
-        return (_status("VmHWM") - before) / 1e3
-    except OSError:
-        return math.nan
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def smallest_cosine(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -1,8 +1,8 @@
 """A training step of ``nn.GRU`` or ``nn.LSTM``: eager torch against ``backend="highway"``, alternating.
 
 The loss is a random linear function of all outputs, the weights are as initialised. Besides times, the
-table has the smallest cosine between the exact and the highway gradient of any parameter, and on Linux by
-how much a step raises the memory in use. ``--loops`` adds what a user has for a cell of his own: a loop in
+table has the smallest cosine between the exact and the highway gradient of any parameter, and the most memory
+that a step allocates. ``--loops`` adds what a user has for a cell of his own: a loop in
 Python, and torch's scan under Inductor. The kind ``3-gru`` is the paper's: three layers, each added to its
 input.
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from allocations import memory_of
 from measuring import (
     PRECISIONS,
     Step,
@@ -25,7 +26,6 @@ from measuring import (
     alone,
     captured,
     measure,
-    memory_of,
     parser,
     set_up,
     smallest_cosine,
@@ -134,7 +134,7 @@ def main() -> None:
         cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
         replays = {}
         with alone(arguments.turns, arguments.processes):
-            megabytes = {name: memory_of(step) for name, step in steps.items()}
+            megabytes = {name: memory_of(step).peak / 1e6 for name, step in steps.items()}
             times = measure(steps, arguments.repeats)
             if arguments.cuda_graphs:
                 replays = measure(captured(steps), arguments.repeats)

@@ -29,27 +29,28 @@ def scan_path(
         for j, entry in enumerate(path.entries[i]):
             if j != i and entry is not None:
                 terms = add_values(terms, apply(entry, done[j][:-1]))
-        done[i] = torch.cat([first[i].unsqueeze(0), _scan_one(path.entries[i][i], first[i], terms, blocks)])
+        done[i] = _scan_one(path.from_first[i], first[i], terms, blocks)
     return tuple(done[i] for i in range(path.size))
 
 
 def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blocks: int) -> Tensor:
-    """Rows ``1 ..`` of one component's recurrence."""
-    shape = (blocks, *first.shape)
+    """One component's recurrence, all rows; a tensor has a coefficient more, see :attr:`.from_first`.
+
+    The first row is made where the others are, by a term of zero before them: a concatenation would copy all,
+    and compilers write the parts that they know into it long before the others, which takes its memory.
+    """
+    if terms is None and isinstance(coefficient, float) and coefficient == 1.0:
+        return first.unsqueeze(0).expand((blocks + 1, *first.shape)).contiguous()
     if terms is None:
-        if coefficient is None:
-            return first.new_zeros(shape)
-        if isinstance(coefficient, float) and coefficient == 1.0:
-            return first.unsqueeze(0).expand(shape)
-        terms = first.new_zeros(shape)
+        terms = first.new_zeros((blocks, *first.shape))
     if coefficient is None:
-        return terms
+        return torch.cat([first.unsqueeze(0), terms])
+    terms = torch.constant_pad_nd(terms, [0, 0] * (terms.dim() - 1) + [1, 0])
     if isinstance(coefficient, float):
         if coefficient == 1.0:
             # A half-precision running sum would lose what a sum of autograd's `add`s in float32 keeps.
             wide = torch.float32 if terms.dtype in (torch.float16, torch.bfloat16) else terms.dtype
             return (first.unsqueeze(0).to(wide) + torch.cumsum(terms, 0, dtype=wide)).to(terms.dtype)
-        coefficient = terms.new_full((1,) * terms.dim(), coefficient).expand(
-            blocks, *(1,) * (terms.dim() - 1)
-        )
+        one = (1,) * (terms.dim() - 1)
+        coefficient = torch.cat([terms.new_ones((1, *one)), terms.new_full((blocks, *one), coefficient)])
     return linear_scan(terms, coefficient.to(terms.dtype), first)

@@ -59,7 +59,7 @@ def observe(iterates: Sequence[State], blocks: int) -> None:
     count = (final > 0).sum().clamp(min=1)
     steps, ratio = [], final
     for before, after in list(pairwise(iterates))[-STEPS:]:
-        change = _squares(tuple(a - b for a, b in zip(after, before, strict=True)))
+        change = _square_distances(before, after)
         # Where nothing changes 0 / 0 must count as nothing; what is not finite stays so.
         ratio = torch.where(change == 0, 0.0, (change / final).sqrt())
         steps.append(ratio.sum() / count)
@@ -71,4 +71,17 @@ def observe(iterates: Sequence[State], blocks: int) -> None:
 def _squares(state: State) -> Tensor:
     """The squared norm of each block's cotangent over all components, ``[blocks]``."""
     parts = [c[1:].float().square().flatten(1).sum(1) for c in state]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def _square_distances(before: State, after: State) -> Tensor:
+    """The squared norm of each block's change, ``[blocks]``.
+
+    By an operator that compilers do not fuse: fused with those of the other steps, it would keep all iterates
+    until the last one is there.
+    """
+    parts = []
+    for pair in zip(before, after, strict=True):
+        a, b = (c[1:].float().flatten(1).unsqueeze(1) for c in pair)
+        parts.append(torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").flatten().square())
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
