@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -275,7 +277,7 @@ def compile_with_inductor(
 
     patches = dict(patches)
     patches["joint_custom_pre_pass"] = _compose(_user_passes(patches), graph_pass)
-    with _stacks_are_kept():
+    with _stacks_are_kept:
         return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
@@ -291,7 +293,7 @@ def compile_op_by_op(
         for each in (*user_passes, graph_pass):
             each(joint.graph)
         joint.recompile()
-        with _stacks_are_kept():
+        with _stacks_are_kept:
             forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
         for node in backward.graph.nodes:
             if node.meta.get(_UNSEEN):
@@ -302,29 +304,42 @@ def compile_op_by_op(
     return _trace_with_aot(gm, example_inputs, partition)
 
 
-@contextmanager
-def _stacks_are_kept() -> Iterator[None]:
-    """Have the partitioner keep a stack rather than all of its rows, which are of the same size.
+class _StacksAreKept:
+    """Inside, the partitioner keeps a stack rather than all of its rows, which are of the same size.
 
     It rounds sizes down, so that many rows seem a few bytes smaller. Without the function that is replaced
-    here it would keep these, which is right too, and takes longer.
+    here it would keep these, which is right too, and takes longer. Several threads may compile.
     """
-    from torch._functorch import partitioners
 
-    size_of = getattr(partitioners, "_size_of", None)
-    if size_of is None:
-        yield
-        return
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._size_of: Any = None
 
-    def smaller(node: fx.Node) -> int:
-        size: int = size_of(node)
-        return size - size // 8 if str(node.target) == "hwbp_compile.stack.default" else size
+    def __enter__(self) -> None:
+        from torch._functorch import partitioners
 
-    partitioners._size_of = smaller
-    try:
-        yield
-    finally:
-        partitioners._size_of = size_of
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._size_of = getattr(partitioners, "_size_of", None)
+                if self._size_of is not None:
+                    partitioners._size_of = functools.partial(_size_of, self._size_of)
+
+    def __exit__(self, *_: object) -> None:
+        from torch._functorch import partitioners
+
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._size_of is not None:
+                partitioners._size_of = self._size_of
+
+
+def _size_of(original: Callable[[fx.Node], int], node: fx.Node) -> int:
+    size = original(node)
+    return size - size // 8 if str(node.target) == "hwbp_compile.stack.default" else size
+
+
+_stacks_are_kept = _StacksAreKept()
 
 
 def capture_joint_graphs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[fx.GraphModule]:
@@ -352,7 +367,7 @@ def saved_for_backward(joint: fx.GraphModule) -> list[tuple[str, Any]]:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     kwargs = joint.meta[_PARTITION]
-    with _stacks_are_kept():
+    with _stacks_are_kept:
         forward, _ = min_cut_rematerialization_partition(copy_graph_module(joint), [], **kwargs)
     outputs: Any = forward.graph.output_node().args[0]
     kept = outputs[kwargs["num_fwd_outputs"] :]

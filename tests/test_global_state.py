@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch._inductor
 from compare import recorded, rewritten
 from small_models import D, Unbatchable, compiled, grads, model
 from torch import nn
+from torch._functorch import partitioners
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from hwbp_compile import OptionError, explain
+from hwbp_compile import OptionError, _compat, explain
 from hwbp_compile.passes.linear_ops import FIRST, LINEARITY
 
 # Inductor itself sets this variable when a process first loads its C++ code, whatever the backend.
@@ -31,6 +33,7 @@ def global_state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": torch.get_default_dtype(),
+        "partitioner": partitioners._size_of,
         "environment": {k: v for k, v in os.environ.items() if k != SET_BY_INDUCTOR},
     }
 
@@ -47,6 +50,26 @@ def test_no_global_setting_is_left_changed(codegen: str) -> None:
     m, x = model(), torch.randn(5, 4).double()
     grads(m, compiled(m, codegen=codegen), x)
     check_unchanged(before)
+
+
+def test_the_partitioner_is_put_back_by_the_last_thread() -> None:
+    before = partitioners._size_of
+    with _compat._stacks_are_kept:
+        others = threading.Barrier(2)
+
+        def compile_beside() -> None:
+            with _compat._stacks_are_kept:
+                others.wait()
+                others.wait()
+
+        thread = threading.Thread(target=compile_beside)
+        thread.start()
+        others.wait()
+        assert partitioners._size_of is not before
+    assert partitioners._size_of is not before
+    others.wait()
+    thread.join()
+    assert partitioners._size_of is before
 
 
 def reasons(monkeypatch: pytest.MonkeyPatch) -> set[str]:
