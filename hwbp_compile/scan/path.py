@@ -45,7 +45,8 @@ def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blo
         terms = first.new_zeros((blocks, *first.shape))
     if coefficient is None:
         return torch.cat([first.unsqueeze(0), terms])
-    terms = torch.constant_pad_nd(terms, [0, 0] * (terms.dim() - 1) + [1, 0])
+    # As torch.constant_pad_nd, which fixes symbolic sizes.
+    terms = torch.slice_scatter(terms.new_zeros((blocks + 1, *first.shape)), terms, start=1)
     if isinstance(coefficient, float):
         if coefficient == 1.0:
             # A half-precision running sum would lose what a sum of autograd's `add`s in float32 keeps.
