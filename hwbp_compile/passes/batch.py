@@ -8,7 +8,8 @@ back to a loop over the blocks there. Here such a fallback is an error, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +100,28 @@ def pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks
         for leaf in leaves
         if isinstance(leaf, (Stacked, Tensor))
     )
-    aligned = [align(leaf.value, rank) if isinstance(leaf, Stacked) else leaf for leaf in leaves]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, (Stacked, Tensor))]
+    aligned = [align(_as_one(leaf, tensors), rank) if isinstance(leaf, Stacked) else leaf for leaf in leaves]
     a, k = pytree.tree_unflatten(aligned, spec)
     return pytree.tree_map_only(Tensor, Stacked, target(*a, **k))
+
+
+def _as_one(scalars: Stacked, operands: Sequence[Stacked | Tensor]) -> Tensor:
+    """A stack in the type in which it takes part: scalars take that of tensors of the same kind beside them.
+
+    Stacked they have a dimension, and would make the result as wide as they are.
+    """
+    others = [x.value.dtype if isinstance(x, Stacked) else x.dtype for x in operands if _has_dimensions(x)]
+    value = scalars.value
+    if _has_dimensions(scalars) or not others:
+        return value
+    wide = functools.reduce(torch.promote_types, others)
+    alike = (wide.is_complex, wide.is_floating_point) == (value.is_complex(), value.is_floating_point())
+    return value.to(wide) if alike and torch.bool not in (wide, value.dtype) else value
+
+
+def _has_dimensions(x: Stacked | Tensor) -> bool:
+    return x.value.dim() > 1 if isinstance(x, Stacked) else x.dim() > 0
 
 
 def align(value: Tensor, rank: int) -> Tensor:

@@ -18,7 +18,8 @@ def stack_early(graph: Graph) -> int:
     Otherwise each row is handed from one pass to the other, and copied in a kernel with as many arguments.
     """
     late = dependent_on_tangents(graph)
-    found = [n for n in graph.nodes if _is_worth_it(stacked_early(n, late))]
+    # Of rows that are laid out in another order, a concatenation is so too, and a stack is not.
+    found = [n for n in graph.nodes if _is_worth_it(stacked_early(n, late)) and n.meta["val"].is_contiguous()]
     for node in found:
         parts = stacked_early(node, late)
         with graph.inserting_before(node):

@@ -63,7 +63,7 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     replaced = views if split else [node]
     users = [user for old in replaced for user in old.users]
     only_products = all(user.op != "output" and op_name(user) in MATRIX_PRODUCTS for user in users)
-    if not made.meta["val"].is_contiguous() and not only_products:
+    if not only_products and not all(_is_laid_out_like(made, old) for old in replaced):
         return False  # a view further on may have been recorded for a tensor of other strides
     owner = rows[0].base
     while owner.op == "call_function" and is_view(owner):
@@ -73,6 +73,11 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     for old in replaced:
         old.replace_all_uses_with(made)
     return True
+
+
+def _is_laid_out_like(a: Node, b: Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return (x.is_contiguous() and y.is_contiguous()) or str(x.stride()) == str(y.stride())
 
 
 def _is_backward(node: Node) -> bool:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def gather(stack: Tensor, rows: Sequence[int]) -> Tensor:
-    """``stack[rows]`` for increasing ``rows``: a slice if they are evenly spaced."""
+    """``stack[rows]``: a slice if they are evenly spaced."""
     if len(rows) == 1:
         return stack[rows[0] : rows[0] + 1]
     step = rows[1] - rows[0]
-    if all(b - a == step for a, b in pairwise(rows)):
+    if step > 0 and all(b - a == step for a, b in pairwise(rows)):
         whole = rows[0] == 0 and step == 1 and len(rows) == stack.shape[0]
         return stack if whole else stack[rows[0] : rows[-1] + 1 : step]
     return torch.cat([stack[a:b] for a, b in _stretches(rows)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import networkx as nx
@@ -19,8 +20,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import _compat
+from ..errors import CannotRewrite
 from .batch import Stacked, stacked
 from .classes import value_text
+from .emit import in_place_of
 from .equal_values import first_of_equals
 from .graft import graft
 from .linear_ops import nodes_in, op_name
@@ -48,10 +51,9 @@ def sink_stacks(graph: Graph) -> int:
     }
     columns = _Columns(targets.values(), first)
     cut = columns.cut()
-    sunk = {node: column for node, column in targets.items() if column not in cut}
-    if sunk:
-        _replace(graph, sunk, columns, cut)
-    return len(sunk)
+    if all(column in cut for column in targets.values()):
+        return 0
+    return _replace(graph, targets, columns, cut)
 
 
 def stacked_early(node: Node, late: Collection[Node]) -> Column:
@@ -109,9 +111,9 @@ class _Columns:
                 flow.add_edge("source", ("in", column))
         for column in self._targets:
             flow.add_edge(("out", column), "sink")
-        # Of equal cuts, the one next to the targets.
-        _, (_, after) = nx.minimum_cut(flow.reverse(copy=False), "sink", "source")
-        return {c for c in self.operands if ("in", c) in after and ("out", c) not in after}
+        # Of equal cuts, the one next to the sink: nothing is computed again that need not be.
+        _, (before, after) = nx.minimum_cut(flow, "source", "sink")
+        return {c for c in self.operands if ("in", c) in before and ("out", c) in after}
 
     def _operands_of(self, column: Column) -> list[Column]:
         """Column by column, if it is one elementwise function or view of other columns."""
@@ -131,7 +133,8 @@ def _is_applied_to_stacks(node: Node) -> bool:
     if name == "getitem":
         return op_name(node.all_input_nodes[0]) in _SPLITS
     elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-    return elementwise or name in _VIEWS or name in _CASTS
+    view = name in _VIEWS and node.target is not torch.ops.aten.view.dtype
+    return elementwise or view or name in _CASTS
 
 
 def _form(node: Node) -> str:
@@ -187,21 +190,27 @@ class _Sunk(Replay[Column]):
         return Stacked(torch.stack([self._outer(n) for n in key]))
 
 
-def _replace(graph: Graph, sunk: dict[Node, Column], columns: _Columns, cut: Collection[Column]) -> None:
+def _replace(graph: Graph, targets: dict[Node, Column], columns: _Columns, cut: Collection[Column]) -> int:
     inputs = list(dict.fromkeys(n for column in cut for n in column))
+
+    done: list[Node] = []
 
     def evaluate(*values: Any) -> list[Tensor]:
         replay = _Sunk(columns, cut, dict(zip(inputs, values, strict=True)).__getitem__)
-        return [
-            stacked(replay.value(column), len(column)).flatten(0, 1).contiguous() for column in sunk.values()
-        ]
+        found = []
+        for node, column in targets.items():
+            with suppress(CannotRewrite):  # this one stays as it is
+                found.append(in_place_of(node, stacked(replay.value(column), len(column)).flatten(0, 1)))
+                done.append(node)
+        return found
 
     traced = _compat.trace(evaluate, [n.meta["val"] for n in inputs])
     traced.graph.eliminate_dead_code()
     (output,) = graph.find_nodes(op="output")
     with graph.inserting_before(output):
         _, results = graft(graph, traced, inputs)
-    for node, result in zip(sunk, results, strict=True):
+    for node, result in zip(done, results, strict=True):
         node.replace_all_uses_with(result)
     _compat.sort_topologically(graph)
     graph.eliminate_dead_code()
+    return len(done)

@@ -253,7 +253,7 @@ def _is_cheap(node: Node) -> bool:
 
 def _is_narrow(node: Node, cell: CellGraph) -> bool:
     """Whether it is the product of rows of few columns with a matrix that all steps share."""
-    if node.op != "call_function" or op_name(node) not in ("aten::mm", "aten::addmm"):
+    if node.op != "call_function" or op_name(node) not in ("aten::mm", "aten::addmm") or node.kwargs:
         return False
     x, matrix = node.all_input_nodes[-2:]
     rows, columns = x.meta["val"].shape
