@@ -73,7 +73,7 @@ def trace_shapes(
         products = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")}
         table = {op: rule for op, rule in decompositions().items() if op not in products}
         traced = make_fx(function, decomposition_table=table)(*values)
-        if any(_mutates(node) for node in traced.graph.nodes):
+        if any(mutates(node) for node in traced.graph.nodes):
             # Not in the first trace: functionalize cannot be around autograd.
             functional = torch.func.functionalize(traced, remove="mutations")
             with torch.no_grad():
@@ -98,7 +98,8 @@ def _without_copies(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(value)
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
+    """Whether an operator writes to what it is given."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
 

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from .. import _compat
 from .linear_ops import op_name
 
 
@@ -30,10 +31,6 @@ def _is_a_function(node: Node) -> bool:
     """Whether an operator gives equal results for equal arguments, and does nothing else."""
     if op_name(node) == "getitem":
         return True
-    target = node.target
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and target.namespace in ("aten", "prims")
-        and not target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in target.tags
-    )
+    tags = getattr(node.target, "tags", ())
+    known = op_name(node).startswith(("aten::", "prims::"))
+    return known and not _compat.mutates(node) and torch.Tag.nondeterministic_seeded not in tags

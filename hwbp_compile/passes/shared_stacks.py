@@ -10,8 +10,9 @@ from torch.fx import Graph, Node
 
 from .. import stack_op as stack_op  # the operator
 from .classes import value_text
+from .early import dependent_on_tangents, stacked_early
 from .row_gradients import call
-from .views import Row, Views, concatenated, dependent_on_tangents, views_of
+from .views import Row, Views, concatenated, views_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,14 @@ def shared_stacks(graph: Graph) -> dict[Node, list[Row]]:
 
 
 def _stack(node: Node, late: set[Node]) -> _Stack | None:
-    parts = concatenated(node)
-    if len(parts) < 2 or node in late or node.meta.get("partitioner_tag") != "is_backward":
+    parts = stacked_early(node, late)
+    if not parts:
         return None
     pairs = [views_of(n) for n in parts]
     views = pairs[0][1]
     alike = all(str(v) == str(views) for _, v in pairs)
     inputs = alike and all(n.op == "placeholder" for n, _ in pairs)
-    sources = tuple(n for n, _ in pairs) if alike else tuple(parts)
+    sources = tuple(n for n, _ in pairs) if alike else parts
     if len({value_text(n) for n in sources}) > 1 or len(set(sources)) < len(sources):
         return None
     if not inputs and not all(isinstance(n, int) for n in parts[0].meta["val"].shape):

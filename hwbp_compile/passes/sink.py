@@ -23,16 +23,14 @@ from .. import _compat
 from ..errors import CannotRewrite
 from .batch import Stacked, stacked
 from .classes import value_text
+from .early import Column, dependent_on_tangents, stacked_early
 from .emit import in_place_of
 from .equal_values import first_of_equals
 from .graft import graft
 from .linear_ops import nodes_in, op_name
 from .replay import COMMUTE, Replay
 from .rows import gather
-from .views import concatenated, dependent_on_tangents, views_of
-
-Column = tuple[Node, ...]
-"""Corresponding values of several blocks."""
+from .views import views_of
 
 _A_STACK, _AN_INPUT = 1 << 16, 1 << 13
 """What it takes to make a stack beside moving it, and to hand an input of the graph to the backward pass, in
@@ -54,14 +52,6 @@ def sink_stacks(graph: Graph) -> int:
     if all(column in cut for column in targets.values()):
         return 0
     return _replace(graph, targets, columns, cut)
-
-
-def stacked_early(node: Node, late: Collection[Node]) -> Column:
-    """What a node of the backward pass stacks, all of one shape and known before; empty if it does not."""
-    parts = concatenated(node)
-    if len(set(parts)) < 2 or node in late or node.meta.get("partitioner_tag") != "is_backward":
-        return ()
-    return tuple(parts) if len({value_text(n) for n in parts}) == 1 else ()
 
 
 class _Columns:

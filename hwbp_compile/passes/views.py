@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .linear_ops import op_name
 
@@ -73,17 +73,6 @@ def concatenated(node: Node) -> list[Node]:
 def dim_of(node: Node) -> Any:
     """The argument ``dim`` of an operator that has it second, 0 by default."""
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-
-
-def dependent_on_tangents(graph: Graph) -> set[Node]:
-    """What is not known before the backward pass begins."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and "tangent" in node.name) or any(
-            n in found for n in node.all_input_nodes
-        ):
-            found.add(node)
-    return found
 
 
 def _permuted(x: Tensor, args: Any) -> Tensor:

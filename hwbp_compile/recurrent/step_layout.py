@@ -40,6 +40,11 @@ class Value:
         step = self.where.stride(0) if self.where.dim() == 3 else 0
         return f"{self.at_row(0)} + {self.where.storage_offset()} + {number} * {step}"
 
+    @property
+    def variable(self) -> str:
+        """What the address begins with."""
+        return self.base.removeprefix("(").partition(" ")[0]
+
     def at_row(self, row: int) -> str:
         """The address of a row's first element."""
         return self.base.replace("+ r *", f"+ {row} *")

@@ -19,8 +19,8 @@ from .step_program import ROWS, StepProgram, check_rows
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
 """Operators that are told where to write."""
-_LASTING = ("(in_x", "(out_e", "(out_w", "(in_y", "(out_y")
-"""Beginnings of addresses at which values stay; of states, only if all are kept."""
+_LASTING = ("in_x", "out_e", "out_w", "in_y", "out_y")
+"""Beginnings of variables for what stays where it is; of states, only if all are kept."""
 _WIDEST_PANEL = 64
 """No processor has panels of more columns."""
 
@@ -482,8 +482,8 @@ class StepSource:
         gaps = collapse([value.dims])[1][0] not in ([], [1])
         if matrix:
             gaps = value.where.stride(-1) != 1 and value.where.shape[-1] != 1
-        kept = value.base.startswith(_LASTING if self._keep else _LASTING[:-2])
-        if kept and not gaps:
+        lasting = value.variable.startswith(_LASTING if self._keep else _LASTING[:-2])
+        if lasting and value.base != value.variable and not gaps:  # for each row, at an address of its own
             return value
         copy = self._new_workspace([ROWS, *(size for size, _ in value.dims)])
         if value.where.shape[0] != ROWS:
@@ -509,7 +509,7 @@ def _source(node: Node, through: Collection[str] = COPIES) -> Node:
 
 def _rows_of_steps(value: Value, number: str) -> str:
     """The rows of several steps, in one of several products."""
-    name = value.base[1 : value.base.index(" ")].partition("_")[2]
+    name = value.variable.partition("_")[2]
     return f"Rows{{{value.of_product(number)}, {value.row_step}, jump_{name}}}"
 
 
