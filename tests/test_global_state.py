@@ -113,33 +113,32 @@ def test_no_global_setting_is_left_changed_by_trouble(
     check_unchanged(before)
 
 
-def test_the_users_own_pass_still_runs() -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_users_own_pass_in_the_configuration(codegen: str) -> None:
+    m, mine = model(4), Mine()
+    with torch._inductor.config.patch(joint_custom_pre_pass=mine), recorded() as records:
+        grads(m, compiled(m, codegen=codegen), torch.randn(5, 4).double())
+    assert mine.calls == 1
+    assert len(rewritten(records)) == 1
 
-    class Mine(CustomGraphPass):
-        def __init__(self, name: str) -> None:
-            self.name = name
 
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            calls.append(self.name)
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_the_users_own_pass_as_an_option(codegen: str) -> None:
+    m, mine = model(4), Mine()
+    with recorded() as records:
+        grads(m, compiled(m, codegen=codegen, joint_custom_pre_pass=mine), torch.randn(5, 4).double())
+    assert mine.calls == 1
+    assert len(rewritten(records)) == 1
 
-        def uuid(self) -> str:
-            return self.name
 
-    m, x = model(4), torch.randn(5, 4).double()
-    for codegen in ("eager", "inductor"):
-        torch._dynamo.reset()
-        calls.clear()
-        with recorded() as records:
-            grads(m, compiled(m, codegen=codegen, joint_custom_pre_pass=Mine(f"option {codegen}")), x)
-        assert calls == [f"option {codegen}"]
-        assert len(rewritten(records)) == 1
-        torch._dynamo.reset()
-        calls.clear()
-        with (
-            torch._inductor.config.patch(joint_custom_pre_pass=Mine(f"global {codegen}")),
-            recorded() as records,
-        ):
-            grads(m, compiled(m, codegen=codegen), x)
-        assert calls == [f"global {codegen}"]
-        assert len(rewritten(records)) == 1
+class Mine(CustomGraphPass):
+    """A user's pass."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.calls += 1
+
+    def uuid(self) -> str:
+        return "mine"

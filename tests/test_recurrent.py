@@ -202,14 +202,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variants() -> list[tuple[str, str]]:
+def variants() -> list[Any]:
     only = {"projection": "lstm", "projection, no bias": "lstm", "relu": "rnn_tanh"}
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
-    return [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
+    every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
+    start_at_zero = ("plain", "layers, bidirectional, batch first")
+    return [
+        pytest.param(*each, given, marks=() if given or each[1] in start_at_zero else pytest.mark.slow)
+        for each in every
+        for given in (False, True)
+    ]
 
 
-@pytest.mark.parametrize(("kind", "variant"), variants())
-@pytest.mark.parametrize("given_carry", [False, True])
+@pytest.mark.parametrize(("kind", "variant", "given_carry"), variants())
 def test_modules(kind: str, variant: str, given_carry: bool) -> None:
     settings = VARIANTS[variant]
     module = layer(kind, 3, 5, **settings)
@@ -555,7 +560,7 @@ def test_operator_checks(operator: str, kind: str) -> None:
     torch.library.opcheck(getattr(torch.ops.hwbp_compile, operator).default, arguments)
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 def test_modules_without_memory(kind: str) -> None:
     """On the device "meta", which knows no autocast."""
     module = KINDS[kind](3, 5).to("meta")

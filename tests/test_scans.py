@@ -197,7 +197,7 @@ def test_directions_dimensions_and_structures() -> None:
         assert relative_error(gradients(model, compiled, [x]), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("apply", ["never", "always"])
+@pytest.mark.parametrize("apply", ["never", pytest.param("always", marks=pytest.mark.slow)])
 def test_no_wrong_gradient_by_inductor(apply: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where a bias is added within a gate that is reset, Inductor's own scan has a wrong gradient."""
     gru = nn.GRU(4, 5).double()
