@@ -52,6 +52,15 @@ def test_as_many_products_whatever_the_depth(family: str) -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_products_of_one_row_are_products(batch: int) -> None:
+    """As a multiplication, each element of a weight's gradient would compute its factors again."""
+    case = float64(FAMILIES["residual_mlp"](Size(depth=5, width=32, batch=batch)))
+    record = check(case)
+    products = [n for n in gradient_nodes(record) if n.target is torch.ops.aten.bmm.default]
+    assert len(products) == 4  # with two weights, and of two weights
+
+
 @pytest.mark.parametrize("family", ["gru_loop", "gated_loop"])
 def test_the_gradient_of_a_shared_weight_is_one_product(family: str) -> None:
     """No gradient for each step is ever stored."""
