@@ -17,6 +17,7 @@ from . import _compat
 from .control.choices import Findings
 from .control.variants import Variants
 from .options import Options, parse_options
+from .passes.apart import take_apart
 from .passes.pipeline import rewrite, simplified
 from .passes.record import drop_observations
 from .passes.row_gradients import join_row_gradients
@@ -87,10 +88,12 @@ class HighwayPass:
         if not options.is_iterated:
             drop_observations(graph)
             simplified(graph, join_row_gradients)
+            simplified(graph, take_apart)
             return
         record = rewrite(graph, options, keeps_records=self.keeps_records)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
         log_record(record, graph)
+        simplified(graph, take_apart)
 
     def uuid(self) -> Any:
         """Changes with any option, any of our sources, the version of torch, and the sizes that decide."""
