@@ -83,7 +83,7 @@ class HighwayPass:
         """What was compared for each chain; None while no graph was rewritten."""
 
     def __call__(self, graph: Graph) -> None:
-        """Rewrite ``graph`` in place; graphs without a backward half are left alone."""
+        """Rewrite ``graph`` in place; in one without a backward half there is little to do."""
         options = self.options
         if not options.is_iterated:
             drop_observations(graph)
@@ -93,7 +93,6 @@ class HighwayPass:
         record = rewrite(graph, options, keeps_records=self.keeps_records)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
         log_record(record, graph)
-        simplified(graph, take_apart)
 
     def uuid(self) -> Any:
         """Changes with any option, any of our sources, the version of torch, and the sizes that decide."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-torch.library.define("hwbp_compile::rows", "(Tensor stack) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+# What differs in `again` is not taken for the same: it is for what is to be copied twice.
+torch.library.define(
+    "hwbp_compile::rows", "(Tensor stack, bool again=False) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 @torch.library.register_fake("hwbp_compile::rows")
-def _fake(stack: Tensor) -> list[Tensor]:
+def _fake(stack: Tensor, again: bool = False) -> list[Tensor]:
     return [stack.new_empty(stack.shape[1:]) for _ in range(stack.shape[0])]
 
 
 @torch.library.impl("hwbp_compile::rows", "CompositeExplicitAutograd")
-def _rows(stack: Tensor) -> list[Tensor]:
+def _rows(stack: Tensor, again: bool = False) -> list[Tensor]:
     # Copies, in one call and on a GPU in one kernel; clones would be as many.
     return list(torch._foreach_mul(stack.contiguous().unbind(0), 1))

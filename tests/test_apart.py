@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -11,17 +13,25 @@ from compare import relative_error
 from small_models import compiled, grads, model
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from hwbp_compile import _compat, stack_parameters, unstack_parameters
 from hwbp_compile.backend import HighwayPass
+from hwbp_compile.passes import apart
 from hwbp_compile.passes.linear_ops import op_name
 
 BLOCKS = 6
 SETTINGS: list[dict[str, Any]] = [{"apply": "never"}, {"apply": "always", "iterations": 2}]
 
 
-def graph_of(m: nn.Module, x: Tensor, **options: Any) -> Graph:
+@pytest.fixture(autouse=True)
+def _no_pass_is_left_out(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        yield
+    assert "internal error" not in caplog.text
+
+
+def graph_of(m: nn.Module, x: Tensor, dynamic: bool = False, **options: Any) -> Graph:
     """The joint graph as it is compiled."""
     seen: list[Graph] = []
     original = HighwayPass.__call__
@@ -31,31 +41,59 @@ def graph_of(m: nn.Module, x: Tensor, **options: Any) -> Graph:
         seen.append(_compat.copy_graph(graph))
 
     with mock.patch.object(HighwayPass, "__call__", call):
-        compiled(m, **options)(x).square().sum().backward()
+        compiled(m, dynamic, **options)(x).square().sum().backward()
     (graph,) = seen
     return graph
 
 
-def named(graph: Graph, name: str) -> list[torch.fx.Node]:
+def named(graph: Graph, name: str) -> list[Node]:
     """The operators of this name that read an input."""
     calls = [n for n in graph.nodes if n.op == "call_function" and op_name(n) == name]
     return [n for n in calls if n.all_input_nodes[0].op == "placeholder"]
 
 
+def copies(graph: Graph) -> tuple[int, int]:
+    """How many inputs the forward and the backward pass copy."""
+    found = named(graph, "hwbp_compile::rows")
+    late = [n for n in found if n.meta.get("partitioner_tag") == "must_be_in_backward"]
+    return len(found) - len(late), len(late)
+
+
+def kept_by(m: nn.Module, x: Tensor, **options: Any) -> list[tuple[int, ...]]:
+    """The shapes of what is kept for the backward pass, beside inputs and parameters."""
+    known = {p.data_ptr() for p in (x, *m.parameters())}
+    found: dict[int, tuple[int, ...]] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        if saved.data_ptr() not in known:
+            found[saved.data_ptr()] = tuple(saved.shape)
+        return saved
+
+    torch._dynamo.reset()
+    c = compiled(m, **options)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        c(x).sum().backward()
+    return sorted(found.values())
+
+
 @pytest.mark.parametrize("options", SETTINGS)
-def test_norms_read_copies(options: dict[str, Any]) -> None:
+def test_norms_read_copies(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Their weights and biases, in the forward pass, and with exact backpropagation the weights in both."""
     m, x = model(BLOCKS), torch.randn(5, 4, dtype=torch.float64)
     expected = grads(m, compiled(m, **options), x)
     m.zero_grad()
     stack_parameters(m)
     graph = graph_of(m, x, **options)
-    apart = named(graph, "hwbp_compile::rows")
-    late = [n for n in apart if n.meta.get("partitioner_tag") == "must_be_in_backward"]
-    assert (len(apart), len(late)) == ((3, 1) if options["apply"] == "never" else (2, 0))
-    norms, rows = {n.all_input_nodes[0] for n in apart}, named(graph, "aten::select")
+    assert copies(graph) == ((2, 1) if options["apply"] == "never" else (2, 0))
+    norms = {n.all_input_nodes[0] for n in named(graph, "hwbp_compile::rows")}
+    rows = named(graph, "aten::select")
     assert not any(n.all_input_nodes[0] in norms for n in rows)
     assert len(rows) == 4 * BLOCKS, "weights and biases of products stay where they are"
+    kept = kept_by(m, x, **options)
+    monkeypatch.setattr(apart, "_FEWEST", 1 << 30)
+    assert kept == kept_by(m, x, **options), "no copy is kept"
+    m.zero_grad()
+    graph_of(m, x, **options)
     unstack_parameters(m)
     found = [p.grad for p in m.parameters() if p.grad is not None]
     assert relative_error(found, expected) <= 1e-10
@@ -67,48 +105,103 @@ def test_equal_layers_share_their_kernels() -> None:
     for depth in (BLOCKS, 2 * BLOCKS):
         torch._dynamo.reset()
         m = model(depth)
+        x = torch.randn(5, 4, dtype=torch.float64)
+        expected = grads(m, m, x)
+        m.zero_grad()
         stack_parameters(m)
         c = compiled(m, codegen="inductor", apply="never")
         with torch._inductor.config.patch(force_disable_caches=True):
-            _, code = run_and_get_code(lambda m=m, c=c: grads(m, c, torch.randn(5, 4, dtype=torch.float64)))
+            _, code = run_and_get_code(lambda m=m, c=c, x=x: grads(m, c, x))
         counts.append(sorted(text.count("async_compile.cpp_pybinding(") for text in code))
+        unstack_parameters(m)
+        assert relative_error([p.grad for p in m.parameters() if p.grad is not None], expected) <= 1e-10
     assert counts[0] == counts[1]
     assert all(counts[0])
 
 
 class Rows(nn.Module):
-    """Reads rows of one tensor, from both ends."""
+    """Reads rows of one tensor, from both ends and in several ways."""
 
-    def __init__(self, rows: Tensor, learned: bool) -> None:
+    def __init__(self, rows: Tensor, learned: bool, how: str = "") -> None:
         super().__init__()
         self.rows = nn.Parameter(rows) if learned else rows
+        self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.how == "first reduced":
+            x = x * self.rows[2].amax()
         for i in (0, -1, 1, -2, 1):
-            x = (x * self.rows[i].unsqueeze(0)).sin()
+            x = (x * (self.rows[i].unsqueeze(0) if self.how == "unsqueezed" else self.rows[i])).sin()
+        if self.how == "last reduced":
+            x = x * self.rows[2].amax()
+        if self.how == "strided":
+            x = x + self.rows[1].as_strided((x.shape[1],), (1,), x.shape[1]) * self.rows[0]
         return x
 
 
 @pytest.mark.parametrize(
-    ("rows", "learned", "copied"),
+    ("rows", "learned", "how", "forward", "backward"),
     [
-        (torch.randn(5, 3), True, True),
-        (torch.randn(5, 3), False, True),
-        (torch.randn(3, 5).T, True, False),
-        (torch.ones(5, 3, dtype=torch.int64), False, False),
-        (torch.randn(5, 1 << 13), True, False),
-        (torch.randn(3, 3), True, False),
+        (torch.randn(5, 3), True, "", 1, 1),
+        (torch.randn(5, 3), False, "", 1, 1),
+        (torch.randn(5, 3), True, "unsqueezed", 0, 0),  # by a view that both passes read
+        (torch.randn(5, 3), True, "first reduced", 1, 1),
+        (torch.randn(5, 3), True, "last reduced", 1, 1),
+        (torch.randn(5, 3), True, "strided", 1, 1),
+        (torch.randn(3, 5).T, True, "", 0, 0),
+        (torch.ones(5, 3, dtype=torch.int64), False, "", 0, 0),
+        (torch.randn(5, (1 << 12) - 1), True, "", 1, 1),
+        (torch.randn(5, 1 << 12), True, "", 0, 0),
+        (torch.randn(3, 3), True, "", 0, 0),
+        (torch.randn(9, 3), True, "", 0, 0),  # of which four are read
     ],
-    ids=["parameter", "constant", "strided", "integers", "large", "few"],
 )
-def test_what_is_copied(rows: Tensor, learned: bool, copied: bool) -> None:
-    m, x = Rows(rows, learned), torch.randn(2, rows.shape[1], requires_grad=True)
-    (expected,) = torch.autograd.grad(m(x).sum(), x)
-    graph = graph_of(m, x, apply="never")
-    assert bool(named(graph, "hwbp_compile::rows")) is copied
+def test_what_is_copied(rows: Tensor, learned: bool, how: str, forward: int, backward: int) -> None:
+    m, x = Rows(rows, learned, how), torch.randn(2, rows.shape[1], requires_grad=True)
+    wanted = [x, *m.parameters()]
+    expected = torch.autograd.grad(m(x).sum(), wanted)
+    assert copies(graph_of(m, x, apply="never")) == (forward, backward)
     torch._dynamo.reset()
-    (found,) = torch.autograd.grad(compiled(m, apply="never")(x).sum(), x)
-    torch.testing.assert_close(found, expected)
+    found = torch.autograd.grad(compiled(m, apply="never")(x).sum(), wanted)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_rows_of_dynamic_inputs_stay_where_they_are() -> None:
+    m, x = nn.Linear(3, 3), torch.randn(6, 3, requires_grad=True)
+
+    class Reversed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return m(x[-1] * x[0].sin() * x[1] * x[2])
+
+    assert copies(graph_of(Reversed(), x, dynamic=True, apply="never")) == (0, 0)
+
+
+class Budgeted(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.region_activation_memory_budget(1.0):
+            y: Tensor = self.inner(x)
+        return y
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.graph, "region_activation_memory_budget"),
+    reason="this torch has no such regions",
+)
+@pytest.mark.parametrize("options", SETTINGS)
+def test_a_memory_budget(options: dict[str, Any]) -> None:
+    """The partitioner wants all of the forward pass to be in its region."""
+    m, x = Budgeted(model(BLOCKS)), torch.randn(5, 4, dtype=torch.float64)
+    expected = grads(m, compiled(m.inner, **options), x)
+    m.zero_grad()
+    stack_parameters(m)
+    assert copies(graph_of(m, x, **options))[0] == 2
+    unstack_parameters(m)
+    assert relative_error([p.grad for p in m.parameters() if p.grad is not None], expected) <= 1e-10
 
 
 def test_the_operator() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -11,30 +11,39 @@ from torch.fx import Graph, Node
 
 from .. import _compat
 from .. import rows_op as rows_op  # the operator
+from .early import dependent_on_tangents, is_backward
 from .linear_ops import op_name
 from .row_gradients import call
 from .views import SHARING
 
-_MANY = 4
+_FEWEST = 4
 """Rows from which on a tensor is taken apart."""
 _LARGE = 1 << 12
 """Elements of a row from which on it is read where it lies."""
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_VIEWS = SHARING - {"aten::as_strided"}  # which depends on where its operand lies
 
 
 def take_apart(graph: Graph) -> int:
-    """Have the rows of inputs copied together where kernels would differ in the row only; how many inputs."""
+    """Have the rows of inputs copied together where kernels would differ in the row only.
+
+    The forward pass and what depends on tangents have copies each: none is kept for the backward pass.
+
+    Returns:
+        How many copies of whole inputs there are.
+    """
     done = 0
+    late = dependent_on_tangents(graph)
     for source in graph.find_nodes(op="placeholder"):
-        rows = [u for u in source.users if op_name(u) == "aten::select" and _row(u) is not None]
-        if not _are_many(rows) or not _is_small(source.meta["val"]):
+        if not _is_small(source.meta.get("val")):
             continue
-        for backward in (False, True):
-            users = {
-                r: [u for u in r.users if _is_elementwise(u) and _is_backward(u) is backward] for r in rows
-            }
+        rows = [u for u in source.users if op_name(u) == "aten::select" and u.args[1] == 0]
+        for of_backward in (False, True):
+            users = {r: [u for u in r.users if _half(u, late) is of_backward] for r in rows}
             users = {r: found for r, found in users.items() if found}
-            if _are_many(users):
-                _replace(graph, source, users, backward)
+            count = len({_row(r) for r in users})
+            if count >= _FEWEST and 2 * count >= source.meta["val"].shape[0]:
+                _replace(graph, source, users, of_backward)
                 done += 1
     if done:
         _compat.sort_topologically(graph)
@@ -42,44 +51,49 @@ def take_apart(graph: Graph) -> int:
     return done
 
 
-def _are_many(rows: Iterable[Node]) -> bool:
-    return len({_row(r) for r in rows}) >= _MANY
-
-
-def _is_small(stack: Tensor) -> bool:
-    """Whether a copy of it costs next to nothing."""
-    known = all(isinstance(n, int) for n in stack.shape)
-    return known and stack.dtype.is_floating_point and stack[0].numel() < _LARGE and stack.is_contiguous()
-
-
-def _row(node: Node) -> int | None:
-    """Which row of its operand a node is, counted from the first."""
-    source, dim, row = node.args[:3]
-    return row % source.meta["val"].shape[0] if dim == 0 and isinstance(row, int) else None  # type: ignore[union-attr]
-
-
-def _is_backward(node: Node) -> bool:
-    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
-
-
-def _is_elementwise(node: Node) -> bool:
-    """Whether a node, seen through views, is read by elementwise functions only."""
-    if node.op != "call_function":
+def _is_small(value: object) -> bool:
+    """Whether to copy a row costs next to nothing."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype not in _TYPES:
         return False
+    known = all(isinstance(n, int) for n in value.shape)
+    return known and value[0].numel() < _LARGE and value.is_contiguous()
+
+
+def _row(node: Node) -> int:
+    """Which row a selection takes, counted from the first."""
+    source, _, row = node.args
+    return row % source.meta["val"].shape[0]  # type: ignore[union-attr]
+
+
+def _half(node: Node, late: Collection[Node]) -> bool | None:
+    """Whether a node that reads a row belongs to the backward pass.
+
+    None if it, or what reads it through views, is not elementwise, belongs to both passes, or could be
+    computed in either.
+    """
+    if node.op != "call_function":
+        return None
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return True
-    return op_name(node) in SHARING and bool(node.users) and all(map(_is_elementwise, node.users))
+        if is_backward(node):
+            return True if node in late else None
+        return False
+    if op_name(node) not in _VIEWS:
+        return None
+    halves = {_half(user, late) for user in node.users} | {is_backward(node)}
+    return halves.pop() if len(halves) == 1 else None
 
 
-def _replace(graph: Graph, source: Node, users: dict[Node, list[Node]], backward: bool) -> None:
+def _replace(graph: Graph, source: Node, users: dict[Node, list[Node]], of_backward: bool) -> None:
     first = next(iter(users))
     with graph.inserting_before(first):
-        apart = call(graph, torch.ops.hwbp_compile.rows.default, (source,), like=source)
+        apart = call(graph, torch.ops.hwbp_compile.rows.default, (source, of_backward), like=first)
         made = {row: graph.call_function(operator.getitem, (apart, _row(row))) for row in users}
     for row, copy in made.items():
         copy.meta["val"] = apart.meta["val"][_row(row)]
-    if backward:  # not kept by the forward pass, which is given the stack
-        for node in (apart, *made.values()):
+    for node in (apart, *made.values()):
+        if "custom" in first.meta:  # the partitioner wants all nodes to have it, or none
+            node.meta["custom"] = first.meta["custom"]
+        if of_backward:
             node.meta["partitioner_tag"] = "must_be_in_backward"
     for row, found in users.items():
         for user in found:

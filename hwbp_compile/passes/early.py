@@ -19,6 +19,11 @@ _MANY = 4
 """Rows from which on a stack is kept in their place."""
 
 
+def is_backward(node: Node) -> bool:
+    """Whether a node of a joint graph belongs to its backward half."""
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
 def dependent_on_tangents(graph: Graph) -> set[Node]:
     """What is not known before the backward pass begins."""
     found: set[Node] = set()

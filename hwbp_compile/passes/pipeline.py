@@ -15,6 +15,7 @@ from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
+from .apart import take_apart
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
@@ -94,6 +95,8 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
         simplified(graph, sink_stacks)
         simplified(graph, restack)
         lap("restack")
+    simplified(graph, take_apart)
+    lap("apart")
     return done
 
 

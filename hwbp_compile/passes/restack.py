@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from .. import _compat
-from .early import stack_early
+from .early import is_backward, stack_early
 from .linear_ops import MATRIX_PRODUCTS, op_name
 from .shared_stacks import shared_stacks
 from .views import STACKED, Row, concatenated, is_view, row_of
@@ -35,7 +35,7 @@ def restack(graph: Graph) -> int:
 def _shorten(graph: Graph, node: Node, known: list[Row] | None) -> bool:
     """Join the neighbours among what a node concatenates that are rows of one tensor."""
     parts = concatenated(node)
-    if len(parts) < 2 or not _is_backward(node):
+    if len(parts) < 2 or not is_backward(node):
         return False
     rows: Sequence[Row | None] = known or [row_of(n) for n in parts]
     if _run(rows) == len(rows):
@@ -68,7 +68,7 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     owner = rows[0].base
     while owner.op == "call_function" and is_view(owner):
         owner = owner.all_input_nodes[0]
-    if _returned(node) and (not _is_backward(owner) or _returned(owner, besides=node)):
+    if _returned(node) and (not is_backward(owner) or _returned(owner, besides=node)):
         return False  # what is handed out must not share its memory with anything else
     for old in replaced:
         old.replace_all_uses_with(made)
@@ -78,10 +78,6 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
 def _is_laid_out_like(a: Node, b: Node) -> bool:
     x, y = a.meta["val"], b.meta["val"]
     return (x.is_contiguous() and y.is_contiguous()) or str(x.stride()) == str(y.stride())
-
-
-def _is_backward(node: Node) -> bool:
-    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
 def _returned(node: Node, besides: Node | None = None) -> bool:
