@@ -191,6 +191,11 @@ def graph_being_traced() -> fx.Graph | None:
     return None if mode is None else mode.tracer.graph
 
 
+def copies_of(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Copies of numbers, made by one call and on a GPU by one kernel; clones would be as many."""
+    return list(torch._foreach_mul(tensors, 1))
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """A size, or the one that a symbolic size had when it was traced; nothing is guarded on it."""
     if isinstance(size, int):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _compat
+
 # What differs in `again` is not taken for the same: it is for what is to be copied twice.
 torch.library.define(
     "hwbp_compile::rows", "(Tensor stack, bool again=False) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
@@ -22,5 +24,4 @@ def _fake(stack: Tensor, again: bool = False) -> list[Tensor]:
 
 @torch.library.impl("hwbp_compile::rows", "CompositeExplicitAutograd")
 def _rows(stack: Tensor, again: bool = False) -> list[Tensor]:
-    # Copies, in one call and on a GPU in one kernel; clones would be as many.
-    return list(torch._foreach_mul(stack.contiguous().unbind(0), 1))
+    return _compat.copies_of(stack.contiguous().unbind(0))

@@ -11,8 +11,10 @@ import torch
 from families import Case
 from reference import Settings, plain_run, reference_run
 from torch import Tensor
+from torch.fx import Graph
 
 import hwbp_compile.backend
+from hwbp_compile import _compat
 from hwbp_compile.passes.pipeline import Record
 
 
@@ -54,6 +56,35 @@ def recorded() -> Iterator[list[Record]]:
 
     with mock.patch.object(hwbp_compile.backend, "rewrite", rewrite):
         yield records
+
+
+@contextmanager
+def joint_graphs() -> Iterator[list[Graph]]:
+    """Collect the joint graphs as they are compiled while the context lasts."""
+    graphs: list[Graph] = []
+    original = hwbp_compile.backend.HighwayPass.__call__
+
+    def call(self: hwbp_compile.backend.HighwayPass, graph: Graph) -> None:
+        original(self, graph)
+        graphs.append(_compat.copy_graph(graph))
+
+    with mock.patch.object(hwbp_compile.backend.HighwayPass, "__call__", call):
+        yield graphs
+
+
+@contextmanager
+def kept_beside(*given: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Collect, by address, what autograd keeps for the backward pass, but what is ``given``."""
+    known = {tensor.data_ptr() for tensor in given}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def highway(case: Case, **options: Any) -> tuple[list[Tensor], list[Record]]:

@@ -263,9 +263,10 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "must end in" in capsys.readouterr().err
 
 
-def test_recommend_finds_the_smallest_k() -> None:
+@pytest.mark.parametrize("more", [[], pytest.param([{"gamma": 0.9}], marks=pytest.mark.slow)])
+def test_recommend_finds_the_smallest_k(more: list[dict[str, Any]]) -> None:
     m = model()
-    splits: list[dict[str, Any]] = [{}, {"group_size": 3}]
+    splits: list[dict[str, Any]] = [{}, {"group_size": 3}, *more]
     found = hwbp_compile.recommend(m, loss_fn, [X, -X], target=0.99, splits=splits)
     for tried in found.tried:
         for k, expected in tried.cosines.items():
@@ -275,7 +276,7 @@ def test_recommend_finds_the_smallest_k() -> None:
                 assert expected == pytest.approx(sum(r.mean_cosine for r in rows) / 2, abs=1e-9)
     sweeps = [t.sweeps for t in found.tried]
     assert sweeps == sorted(sweeps)
-    by_group = {t.splits.get("group_size", 1): t for t in found.tried}
+    by_group = {t.splits.get("group_size", 1): t for t in found.tried if "gamma" not in t.splits}
     k = by_group[3].iterations
     assert k is not None
     assert (by_group[3].sweeps, by_group[3].sequential) == (pytest.approx(k + 2 / 3), 3 * k + 2)

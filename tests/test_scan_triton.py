@@ -20,8 +20,8 @@ torch.manual_seed(0)
 for dtype, tolerance in tolerances.items():
     # Less than a tile, several, a whole number of them, so many that all are worked on at once; one column,
     # more than a program's.
-    more = {torch.float32: [(1, 1), (150, 5), (520, 2)], torch.float64: [(1, 1), (150, 5)]}
-    for rows, columns in ((3, 20), (64, 16), *more.get(dtype, ())):
+    more = [(1, 1), (150, 5)] if ALL or dtype in (torch.float32, torch.float64) else []
+    for rows, columns in ((3, 20), (64, 16), *more, *([(520, 2)] * (dtype == torch.float32))):
         for scalar in (False, True):
             for reverse in (False, True):
                 v = torch.randn(2 * rows, columns).to(dtype)[::2]
@@ -61,7 +61,14 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("script", [INTERPRETED, COMPILED], ids=["interpreted", "compiled"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("ALL = False" + INTERPRETED, id="interpreted"),
+        pytest.param("ALL = True" + INTERPRETED, id="interpreted, all", marks=pytest.mark.slow),
+        pytest.param(COMPILED, id="compiled"),
+    ],
+)
 def test_kernel(script: str, request: pytest.FixtureRequest) -> None:
     if "compiled" in request.node.name:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

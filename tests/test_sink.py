@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import kept_beside
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -57,20 +58,12 @@ class Attention(nn.Module):
 
 def kept_by(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[int], list[Tensor]]:
     """Bytes of what is kept beside inputs and parameters, and the gradients."""
-    own = {t.data_ptr() for t in (x, *model.parameters())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
     compiled = torch.compile(model, backend="highway", options={"codegen": "eager", **options})
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with kept_beside(x, *model.parameters()) as kept:
         y = compiled(x)
     y.square().sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return sorted(kept.values()), gradients
+    return sorted(tensor.nbytes for tensor in kept.values()), gradients
 
 
 @pytest.mark.parametrize("make", [Block, Shifted, Attention])

@@ -7,16 +7,14 @@ import io
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from compare import joint_graphs
 from explained_models import Mlp, Transformer
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import hwbp_compile
-import hwbp_compile.backend
 from hwbp_compile import stack_parameters, unstack_parameters
 from hwbp_compile.passes.linear_ops import op_name
 from hwbp_compile.passes.restack import restack
@@ -44,19 +42,19 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def compiled_with_counts(model: nn.Module, **options: Any) -> tuple[Any, Counter[str]]:
     """The compiled model; once it has run, how often each operator is in the rewritten joint graphs."""
     counts: Counter[str] = Counter()
-    original = hwbp_compile.backend.HighwayPass.__call__
-
-    def counting(self: Any, graph: torch.fx.Graph) -> None:
-        original(self, graph)
-        counts.update(op_name(n) for n in graph.nodes if n.op == "call_function")
-        stacks = [n for n in graph.nodes if n.op == "call_function" and op_name(n) == "hwbp_compile::stack"]
-        counts["of parameters"] += sum(all(x.op == "placeholder" for x in n.all_input_nodes) for n in stacks)
-
     forward = torch.compile(model, backend="highway", options={"codegen": "eager", **options})
 
     def run(x: Tensor) -> Any:
-        with mock.patch.object(hwbp_compile.backend.HighwayPass, "__call__", counting):
-            return forward(x)
+        with joint_graphs() as graphs:
+            y = forward(x)
+        for graph in graphs:
+            calls = [n for n in graph.nodes if n.op == "call_function"]
+            counts.update(map(op_name, calls))
+            stacks = [n for n in calls if op_name(n) == "hwbp_compile::stack"]
+            counts["of parameters"] += sum(
+                all(x.op == "placeholder" for x in n.all_input_nodes) for n in stacks
+            )
+        return y
 
     return run, counts
 

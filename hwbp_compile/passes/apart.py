@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .. import rows_op as rows_op  # the operator
 from .early import dependent_on_tangents, is_backward
 from .linear_ops import op_name
 from .row_gradients import call
-from .views import SHARING
+from .views import SHARING, row_of
 
 _FEWEST = 4
 """Rows from which on a tensor is taken apart."""
@@ -37,13 +37,13 @@ def take_apart(graph: Graph) -> int:
     for source in graph.find_nodes(op="placeholder"):
         if not _is_small(source.meta.get("val")):
             continue
-        rows = [u for u in source.users if op_name(u) == "aten::select" and u.args[1] == 0]
+        rows = {u: row.row for u in source.users if (row := row_of(u)) is not None}
         for of_backward in (False, True):
             users = {r: [u for u in r.users if _half(u, late) is of_backward] for r in rows}
             users = {r: found for r, found in users.items() if found}
-            count = len({_row(r) for r in users})
+            count = len({rows[r] for r in users})
             if count >= _FEWEST and 2 * count >= source.meta["val"].shape[0]:
-                _replace(graph, source, users, of_backward)
+                _replace(graph, source, rows, users, of_backward)
                 done += 1
     if done:
         _compat.sort_topologically(graph)
@@ -57,12 +57,6 @@ def _is_small(value: object) -> bool:
         return False
     known = all(isinstance(n, int) for n in value.shape)
     return known and value[0].numel() < _LARGE and value.is_contiguous()
-
-
-def _row(node: Node) -> int:
-    """Which row a selection takes, counted from the first."""
-    source, _, row = node.args
-    return row % source.meta["val"].shape[0]  # type: ignore[union-attr]
 
 
 def _half(node: Node, late: Collection[Node]) -> bool | None:
@@ -83,13 +77,15 @@ def _half(node: Node, late: Collection[Node]) -> bool | None:
     return halves.pop() if len(halves) == 1 else None
 
 
-def _replace(graph: Graph, source: Node, users: dict[Node, list[Node]], of_backward: bool) -> None:
+def _replace(
+    graph: Graph, source: Node, rows: Mapping[Node, int], users: Mapping[Node, list[Node]], of_backward: bool
+) -> None:
     first = next(iter(users))
     with graph.inserting_before(first):
         apart = call(graph, torch.ops.hwbp_compile.rows.default, (source, of_backward), like=first)
-        made = {row: graph.call_function(operator.getitem, (apart, _row(row))) for row in users}
+        made = {row: graph.call_function(operator.getitem, (apart, rows[row])) for row in users}
     for row, copy in made.items():
-        copy.meta["val"] = apart.meta["val"][_row(row)]
+        copy.meta["val"] = apart.meta["val"][rows[row]]
     for node in (apart, *made.values()):
         if "custom" in first.meta:  # the partitioner wants all nodes to have it, or none
             node.meta["custom"] = first.meta["custom"]
