@@ -15,6 +15,8 @@ from recurrent import SETTINGS
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
+import hwbp_compile
+
 
 class LayerNormGRU(nn.Module):
     """``[T, B, I]`` to all states ``[T, B, H]``, from a learned initial one."""
@@ -73,16 +75,19 @@ def main() -> None:
             continue
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
+    if arguments.turns:
+        with alone(arguments.turns):  # what decides is measured now, and known when this is compiled
+            hwbp_compile.explain(module, x)
     exact = [g.clone() for g in steps["loop, eager"]()]
     for step in steps.values():
         step()
     cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
     with alone(arguments.turns, arguments.processes):
         times = measure(steps, arguments.repeats)
-    print(f"LayerNorm-GRU, T = {length}, B = {batch}, I = {inputs}, H = {hidden}")
-    for name, ms in times.items():
-        against = [f"{times[peer] / ms:6.2f}x" for peer in peers]
-        print(f"  {name:20} {ms:9.2f} ms  {'  '.join(against)}  cosine {cosines[name]:.4f}")
+        print(f"LayerNorm-GRU, T = {length}, B = {batch}, I = {inputs}, H = {hidden}")
+        for name, ms in times.items():
+            against = [f"{times[peer] / ms:6.2f}x" for peer in peers]
+            print(f"  {name:20} {ms:9.2f} ms  {'  '.join(against)}  cosine {cosines[name]:.4f}", flush=True)
 
 
 if __name__ == "__main__":

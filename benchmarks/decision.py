@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from measuring import Step, measure, parser, set_up
+from measuring import Step, add_turns, alone, measure, parser, set_up
 from torch import nn
 
 import hwbp_compile
@@ -50,6 +50,7 @@ GRID = [
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid")
+    add_turns(made)
     arguments = made.parse_args()
     set_up(arguments)
     right, slowest, rows = 0, float("inf"), GRID[slice(*arguments.rows)]
@@ -60,7 +61,8 @@ def main() -> None:
         x = torch.randn(steps_, batch, inputs, device=arguments.device)
         direction = torch.randn(steps_, batch, hidden, device=arguments.device)
         options: dict[str, Any] = {"iterations": k, "group_size": group}
-        (chain,) = hwbp_compile.explain(module, x, options=options).chains
+        with alone(arguments.turns):
+            (chain,) = hwbp_compile.explain(module, x, options=options).chains
         steps = {"eager": Step(module, module, x, direction)}
         for name, more in (("exact", {"iterations": "exact"}), ("iterated", {"apply": "always"})):
             compiled = torch.compile(module, backend="highway", options={**options, **more}, dynamic=False)
@@ -68,7 +70,8 @@ def main() -> None:
         for step in steps.values():
             step()
             step()
-        ms = measure(steps, arguments.repeats)
+        with alone(arguments.turns, arguments.processes):
+            ms = measure(steps, arguments.repeats)
         chosen, other = ("iterated", "exact") if chain.applied else ("exact", "iterated")
         good = ms[chosen] <= 1.03 * ms[other]
         right += good

@@ -41,6 +41,7 @@ from json_lines import add_line, read_lines
 from measuring import (
     PRECISIONS,
     Step,
+    add_turns,
     alone,
     captured,
     measure,
@@ -85,7 +86,7 @@ def measure_row(
         }
         for name, step in steps.items()
     }
-    with alone(arguments.cache):
+    with alone(arguments.turns or arguments.cache):
         exact_products, iterated_products = products or ("?", "?")
         print(
             f"\n{row}: {case.flops / 1e6:.1f} MFLOP, weights {case.weights / 1e6:.2f} MB, "
@@ -229,6 +230,7 @@ def arguments_of_command() -> argparse.Namespace:
     add("--prepare", action="store_true", help="only compile, into the folder of --cache")
     add("--jobs", type=int, help="with --cache: processes; one by default, to prepare one per core")
     add("--patience", type=float, default=180, help="with --cache: seconds of one row, or setting to prepare")
+    add_turns(made)
     add("--one", type=int, help=argparse.SUPPRESS)
     arguments = made.parse_args()
     if arguments.prepare and not arguments.cache:

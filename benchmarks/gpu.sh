@@ -1,57 +1,77 @@
 #!/usr/bin/env bash
 # All checks that need a CUDA device, in parts: benchmarks/gpu.sh [tests] [layers] [cells] [decision] [depth]
-# Without arguments, all of them. What each takes on an H200 with 16 cores, compilation included, stands beside it.
-# PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the results.
+# Without arguments, all of them. Compiling takes longer than measuring, so the processes of a part compile at once,
+# on up to 16 cores, and measure one after the other. Two calls may run side by side if they have the same TURNS.
+# PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the
+# results; TURNS one for locks, CACHE one for compiled code; DEPTH the rows of depth.py, by default its whole grid.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=${OUT:-gpu-results}
-mkdir -p "$out"
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+turns=${TURNS:-$(mktemp -d)}
+cache=${CACHE:-$turns/depth}
+mkdir -p "$out" "$turns" "$cache"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# A process per setting compiles, so that none needs more of its own.
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 # torch finds the backend by the package's entry point.
 "$python" -c 'import importlib.metadata as m, sys; sys.exit("highway" not in m.entry_points(group="torch_dynamo_backends").names)' ||
     "$python" -m pip install --quiet --no-deps --no-build-isolation -e .
 "$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.cuda.get_device_name())"
 
-layer() { # about 40 s: eight settings are compiled
-    "$python" benchmarks/recurrent.py --device cuda --repeats 7 --cuda-graphs "$@" | tee -a "$out/layers.txt"
+in_turns() { # FILE SCRIPT ARGUMENTS...: in the background
+    local file=$out/$1 script=benchmarks/$2
+    shift 2
+    "$python" "$script" --device cuda --turns "$turns" "$@" >>"$file" 2>>"$out/errors.txt" &
 }
 
-tests() { # 80 s with pytest-xdist
-    "$python" -m pytest -q -m gpu tests/test_gpu.py ${TEST_WORKERS:+-n "$TEST_WORKERS"} 2>&1 | tee "$out/tests.txt"
+tests() {
+    "$python" -m pytest -q -m gpu tests/test_gpu.py -n "${TEST_WORKERS:-8}" 2>&1 | tee "$out/tests.txt"
 }
 
 layers() {
-    # The most telling first: what is ready is kept if time runs out.
     local few=(auto exact "k = 0" "k = 1" "k = 2" "k = 5" "k = 10" "groups of 8, k = 1")
+    layer() {
+        in_turns layers.txt recurrent.py --repeats 7 --cuda-graphs --settings "${few[@]}" "$@"
+    }
     for precision in tf32 bfloat16; do
-        layer --kind gru --precision $precision --settings "${few[@]}" --shape 4096 16 64 64
-        layer --kind gru --precision $precision --settings "${few[@]}" --shape 1024 128 3 64
-        layer --kind gru --precision $precision --settings "${few[@]}" --shape 256 128 512 512
-        layer --kind lstm --precision $precision --settings "${few[@]}" --shape 256 128 512 512
-        layer --kind 3-gru --precision $precision --settings "${few[@]}" --shape 256 128 512 512
-        layer --kind gru --precision $precision --settings "${few[@]}" --shape 4096 16 64 768
+        layer --kind gru --precision $precision --shape 4096 16 64 64
+        layer --kind gru --precision $precision --shape 1024 128 3 64
+        layer --kind gru --precision $precision --shape 256 128 512 512
+        layer --kind lstm --precision $precision --shape 256 128 512 512
+        layer --kind 3-gru --precision $precision --shape 256 128 512 512
+        layer --kind gru --precision $precision --shape 4096 16 64 768
     done
-    layer --kind gru --precision float32 --settings "${few[@]}" --shape 4096 16 64 64
-    layer --kind gru --loops --settings auto exact --shape 1024 128 64 64
+    layer --kind gru --precision float32 --shape 4096 16 64 64
+    in_turns layers.txt recurrent.py --repeats 3 --kind gru --loops --settings auto exact --shape 1024 128 64 64
+    wait
 }
 
-cells() { # a minute each
+cells() {
     for shape in "1024 16 64 64" "4096 16 64 64"; do
         # shellcheck disable=SC2086
-        "$python" benchmarks/custom_cell.py --device cuda --repeats 3 --shape $shape \
-            --settings auto exact "k = 1" "k = 2" "groups of 8, k = 1" | tee -a "$out/cells.txt"
+        in_turns cells.txt custom_cell.py --repeats 3 --shape $shape \
+            --settings auto exact "k = 1" "k = 2" "groups of 8, k = 1"
     done
+    wait
 }
 
-decision() { # 26 rows of about 15 s
-    "$python" benchmarks/decision.py --device cuda --repeats 5 | tee "$out/decision.txt"
+decision() {
+    for rows in "0 7" "7 14" "14 20" "20 26"; do
+        # shellcheck disable=SC2086
+        in_turns decision.txt decision.py --repeats 5 --rows $rows
+    done
+    wait
 }
 
-depth() { # 48 layers take about 50 s a setting to compile on one core, and 16 are compiled at once
-    "$python" benchmarks/depth.py --device cuda --threads 1 --cache "$out/depth-cache" --prepare | tee "$out/depth.txt"
-    "$python" benchmarks/depth.py --device cuda --threads 1 --cache "$out/depth-cache" --cuda-graphs \
-        --save "$out/depth.jsonl" | tee -a "$out/depth.txt"
+depth() {
+    # shellcheck disable=SC2086
+    for precision in ${PRECISIONS:-tf32}; do
+        nice "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --prepare ${DEPTH:-} \
+            >>"$out/prepared.txt" 2>>"$out/errors.txt"
+        "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --turns "$turns" --jobs 3 \
+            --cuda-graphs --save "$out/depth.jsonl" ${DEPTH:-} 2>>"$out/errors.txt" | tee -a "$out/depth.txt"
+    done
 }
 
 for part in "${@:-tests layers cells decision depth}"; do

@@ -35,6 +35,8 @@ from measuring import (
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
+import hwbp_compile
+
 SHAPES = [(2048, 4, 16, 64), (1024, 8, 3, 64), (256, 8, 64, 128), (1024, 128, 3, 64)]
 """(T, B, I, H)"""
 
@@ -111,7 +113,6 @@ def main() -> None:
     if arguments.cuda_graphs:
         use_side_stream()
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
-    print(f"{arguments.kind}, {arguments.precision}")
     for steps_, batch, inputs, hidden in arguments.shape or SHAPES:
         torch.manual_seed(0)
         torch._dynamo.reset()
@@ -130,21 +131,25 @@ def main() -> None:
             steps["loop, eager"] = Step(module, loop, x, direction)
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
+        if arguments.turns:
+            with alone(arguments.turns):  # what decides is measured now, and known when this is compiled
+                hwbp_compile.explain(module, x)
         exact = [g.clone() for g in steps["torch, eager"]()]
         cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
-        replays = {}
         with alone(arguments.turns, arguments.processes):
             megabytes = {name: memory_of(step).peak / 1e6 for name, step in steps.items()}
             times = measure(steps, arguments.repeats)
-            if arguments.cuda_graphs:
-                replays = measure(captured(steps), arguments.repeats)
-        print(f"\n{arguments.kind}, T = {steps_}, B = {batch}, I = {inputs}, H = {hidden}")
-        for name, ms in times.items():
-            ratio = times["torch, eager"] / ms
-            figures = f"{ms:9.2f} ms  {ratio:5.2f}x  cosine {cosines[name]:.4f}  {megabytes[name]:7.1f} MB"
-            replayed = replays.get(name)
-            graph = f"  in a CUDA graph {replayed:9.2f} ms" if replayed else ""
-            print(f"  {name:20} {figures}{graph}", flush=True)
+            replays = measure(captured(steps), arguments.repeats) if arguments.cuda_graphs else {}
+            sizes = f"T = {steps_}, B = {batch}, I = {inputs}, H = {hidden}"
+            print(f"\n{arguments.kind}, {sizes}, {arguments.precision}")
+            for name, ms in times.items():
+                ratio = times["torch, eager"] / ms
+                figures = (
+                    f"{ms:9.2f} ms  {ratio:5.2f}x  cosine {cosines[name]:.4f}  {megabytes[name]:7.1f} MB"
+                )
+                replayed = replays.get(name)
+                graph = f"  in a CUDA graph {replayed:9.2f} ms" if replayed else ""
+                print(f"  {name:20} {figures}{graph}", flush=True)
 
 
 if __name__ == "__main__":

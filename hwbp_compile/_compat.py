@@ -292,6 +292,13 @@ def compile_with_inductor(
         return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor, with this configuration in place of its global one, runs code in CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
 def compile_op_by_op(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any], graph_pass: GraphPass
 ) -> Any:
@@ -399,7 +406,9 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, like: Sequence[Any]) -> torch.Tensor:
+def add_input(
+    gm: fx.GraphModule, name: str, value: torch.Tensor, like: Sequence[Any], one_address: bool = False
+) -> torch.Tensor:
     """Add a last input to a copy of a graph of Dynamo's: one that no variable of the user's is the source of.
 
     Args:
@@ -407,6 +416,7 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, like: Sequence
         name: the input's.
         value: a tensor of its shape, which is fixed.
         like: the fake tensors that the graph is compiled with.
+        one_address: whether it always is at the same place in memory, so that CUDA graphs need no copy of it.
 
     Returns:
         The fake tensor for it.
@@ -421,6 +431,8 @@ def add_input(gm: fx.GraphModule, name: str, value: torch.Tensor, like: Sequence
     # As Dynamo's own: where one input has "val", Inductor takes those without for no tensors (cpp_wrapper).
     node.meta["example_value"] = fake
     node._dynamo_source = None
+    if one_address:  # as after torch._dynamo.mark_static_address
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     gm.recompile()
     return fake
 

@@ -63,7 +63,7 @@ def highway(
         compiled: Callable[..., Any] = compiler(gm, inputs, inductor, graph_pass)
         return compiled, Findings(layers, graph_pass.comparisons)
 
-    return Variants(gm, example_inputs, ours, compile)
+    return Variants(gm, example_inputs, ours, compile, _compat.uses_cuda_graphs(inductor))
 
 
 setattr(highway, MARK, True)

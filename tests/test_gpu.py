@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from compare import exact, float64, highway, reference, relative_error, rewritten
 from families import FAMILIES, Size
 from reference import Settings
 from scan_cells import CELLS
-from small_models import compiled, model, settled
+from small_models import compiled, grads, model, settled
 from step_programs import STEP_CASES, arguments, of_library, run_steps
 from test_scans import Model, data, gradients, loop
 from test_scans import highway as scan_highway
 from test_scans import reference as scan_reference
 from torch import nn
+from torch._dynamo.utils import counters
 
-from hwbp_compile import explain, monitor
+from hwbp_compile import explain, monitor, stack_parameters, unstack_parameters
 from hwbp_compile.errors import CannotRewrite
 from hwbp_compile.recurrent.layer import recurrent_layer
 from hwbp_compile.recurrent.step_triton import TritonRecurrence
@@ -234,3 +238,71 @@ def test_a_step_in_a_cuda_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert relative_error(found, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("options", [{"apply": "never"}, {"apply": "always", "iterations": 2}])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_stacked_parameters(options: dict[str, Any], codegen: str) -> None:
+    torch.manual_seed(0)
+    m, x = model(8).cuda(), torch.randn(5, 4, dtype=torch.float64, device="cuda")
+    expected = grads(m, compiled(m, **options), x)
+    m.zero_grad()
+    stack_parameters(m)
+    compiled(m, codegen=codegen, **options)(x).square().sum().backward()
+    unstack_parameters(m)
+    assert relative_error([p.grad for p in m.parameters() if p.grad is not None], expected) <= 1e-10
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_autocast(stacked: bool) -> None:
+    """Against float64, as is plain torch under autocast."""
+    torch.manual_seed(0)
+    case = FAMILIES["pre_ln_transformer"](Size(depth=5))
+    m, inputs = case.model.cuda(), [i.cuda() for i in case.inputs]
+
+    def found(forward: Any) -> list[torch.Tensor]:
+        m.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = forward(*inputs)
+        y.double().sin().sum().backward()
+        plain = copy.deepcopy(m)
+        for own, p in zip(plain.parameters(), m.parameters(), strict=True):
+            own.grad = p.grad
+        if stacked:
+            unstack_parameters(plain)
+        return [p.grad.double() for p in plain.parameters() if p.grad is not None]
+
+    plain = found(m)
+    if stacked:
+        stack_parameters(m)
+    ours = found(compiled(m, codegen="inductor", apply="always", iterations=max(case.blocks)))
+    exact_ = [e.double() for e in plain]
+    assert relative_error(ours, exact_) <= 5e-2
+
+
+@pytest.mark.parametrize("options", [{"apply": "always", "iterations": 2}, {"apply": "always"}])
+def test_mode_with_cuda_graphs(options: dict[str, Any]) -> None:
+    """Nothing is left out of the graphs or recorded anew each step, and the records of k still come."""
+    torch._dynamo.reset()
+    counters.clear()
+    m = settled().cuda()
+    same = copy.deepcopy(m)
+    plain = compiled(same, **{"iterations": 2} | options)
+    c = compiled(m, **{"codegen": "inductor", "triton.cudagraphs": True, "iterations": "auto"} | options)
+    steps = 16
+    for _ in range(steps):
+        x = torch.randn(5, 4, dtype=torch.float64, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        found = grads(m, c, x)
+        if "iterations" in options:
+            assert relative_error(found, grads(same, plain, x)) <= 1e-10
+        torch.cuda.synchronize()
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    from torch._inductor.cudagraph_trees import get_manager
+
+    assert get_manager(0).new_graph_id().id <= 8
+    seen = monitor(m).history
+    assert len(seen) == steps
+    assert all(s.chains and 0 < s.chains[0].estimate < 10 for s in seen[2 : steps - 1])
+    if "iterations" not in options:
+        assert not seen[-1].watched

@@ -114,6 +114,26 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
         assert steps == pytest.approx(steps_of(cotangents(m, x, 2)), rel=1e-5)
 
 
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_records_at_one_address(codegen: str) -> None:
+    """As code in CUDA graphs needs it, which there are none of on a CPU; a late backward pass counts once."""
+    m = model()
+    c = compiled(m, apply="always", iterations=2, codegen=codegen, **{"triton.cudagraphs": True})
+    inputs = [torch.randn(5, 4, dtype=torch.float64) for _ in range(5)]
+    seen = hwbp_compile.monitor(m)
+    for i, x in enumerate(inputs[:3]):
+        seen.record_blocks(i == 1)
+        grads(m, c, x)
+    losses = [c(x).square().sum() for x in inputs[3:]]
+    for loss in losses:
+        loss.backward()
+    found = seen.history
+    assert [s.step for s in found] == [0, 1, 2, 4]
+    assert [len(s.chains[0].block_steps) for s in found] == [0, LENGTH, 0, 0]
+    for x, entry in zip([*inputs[:3], inputs[4]], found, strict=True):
+        assert entry.chains[0].steps == pytest.approx(steps_of(cotangents(m, x, 2)), rel=1e-5)
+
+
 def test_what_is_current_is_of_the_last_step() -> None:
     """Another size makes another graph; the chains of the one before are not there any more."""
     m = model()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from ..passes.record import EMPTY, OVER_TIME
+from ..passes.record import EMPTY, OVER_TIME, new_records
 from ..solvers.observe import HEAD, STEPS
 from .auto import AutoIterations
 from .settings import epoch, overrides_for
@@ -90,6 +90,13 @@ class Entry:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    def take_out(self) -> None:
+        """Have the records in memory of their own. What is recorded later is not among them."""
+        if self._host is self._records:
+            self._host = self._records = self._records.clone()
+        else:
+            self._records = self._records.clone()
+
     @property
     def is_here(self) -> bool:
         """Whether something is recorded, and reading it would not wait for the device."""
@@ -145,13 +152,17 @@ class Runs:
         compiled: the options that the graph was compiled with.
         parameters: those that the graph reads.
         frame: equal for graphs of one code, such as those for other sizes.
+        one_address: whether all steps record at one address, as code in CUDA graphs does.
     """
 
     _made = 0
     _begun = 0
 
-    def __init__(self, compiled: Options, parameters: Sequence[Tensor], frame: Any) -> None:
+    def __init__(
+        self, compiled: Options, parameters: Sequence[Tensor], frame: Any, one_address: bool = False
+    ) -> None:
         self._compiled, self.frame = compiled, frame
+        self._memory: dict[bool, Tensor] | None = {} if one_address else None
         self._parameters = [ref(p) for p in parameters]
         self.history: deque[Entry] = deque(maxlen=LENGTH)
         self.steps = 0
@@ -219,8 +230,21 @@ class Runs:
         warned = self.auto is not None and self.auto.warned
         self.auto = AutoIterations(options, self.steps, warned) if options.iterations == "auto" else None
 
+    def memory(self, device: torch.device, options: Options) -> Tensor:
+        """Where a step with these options records; see :func:`.passes.record.new_records`."""
+        blocks = options.records_blocks
+        if self._memory is None:
+            return new_records(device, blocks)
+        if blocks not in self._memory:
+            self._memory[blocks] = new_records(device, blocks)
+        return self._memory[blocks]
+
     def began(self, options: Options, records: Tensor) -> None:
         """A training step begins its forward pass."""
+        if self._memory is not None:
+            if self.history:
+                self.history[-1].take_out()
+            records.data.fill_(EMPTY)  # autograd may have saved it for a backward pass that is still to come
         for entry in islice(reversed(self.history), SENT):
             entry.send()
         self.history.append(Entry(self.steps, options, records))

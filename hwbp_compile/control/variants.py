@@ -52,19 +52,25 @@ class Variants:
         example_inputs: as Dynamo handed them over.
         options: those that it is compiled with.
         compile: compiles one setting.
+        cuda_graphs: whether what is compiled runs in CUDA graphs.
     """
 
     def __init__(
-        self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, compile: Compile
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        options: Options,
+        compile: Compile,
+        cuda_graphs: bool = False,
     ) -> None:
-        self._gm, self._options = gm, options
+        self._gm, self._options, self._cuda_graphs = gm, options, cuda_graphs
         self._fake = _compat.fake_inputs(gm, example_inputs)
         self._compile = compile
         self._compiled: OrderedDict[Any, Program | None] = OrderedDict()
         self._lock = threading.RLock()
         self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._frame = _compat.frame_being_compiled()
-        self._alone = Runs(options, (), self._frame)
+        self._alone = Runs(options, (), self._frame, cuda_graphs)
         self._last: tuple[Any, Runs] = (lambda: None, self._alone)
         self._position: int | None = None
         self._seen_arguments = False
@@ -91,10 +97,10 @@ class Variants:
         iterates = functools.partial(self._iterates, args)
         if _compat.in_backward_pass():  # a checkpoint computes again what it had not kept
             options = runs.last_options or runs.next_options(iterates)
-            return self._variant(options, args)(*args, new_records(self._device, options.records_blocks))
+            return self._variant(options, args)(*args, runs.memory(self._device, options))
         options = runs.next_options(iterates)
         variant = self._variant(options, args)
-        records = new_records(self._device, options.records_blocks)
+        records = runs.memory(self._device, options)
         runs.began(options, records)
         return variant(*args, records)
 
@@ -112,7 +118,7 @@ class Variants:
         with self._lock:
             if parameter not in self._runs:
                 read = [x for x in args if isinstance(x, nn.Parameter)]
-                self._runs[parameter] = Runs(self._options, read, self._frame)
+                self._runs[parameter] = Runs(self._options, read, self._frame, self._cuda_graphs)
             runs = self._runs[parameter]
         self._last = ref(parameter), runs
         return runs
@@ -184,9 +190,8 @@ class Variants:
         gm = _compat.copy_dynamo_graph(self._gm)
         if self._device is None:
             return self._compile(gm, inputs, options, False)
-        records = _compat.add_input(
-            gm, "highway_records", new_records(self._device, options.records_blocks), inputs
-        )
+        memory = new_records(self._device, options.records_blocks)
+        records = _compat.add_input(gm, "highway_records", memory, inputs, one_address=self._cuda_graphs)
         return self._compile(gm, [*inputs, records], options, True)
 
 
