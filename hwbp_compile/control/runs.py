@@ -80,9 +80,9 @@ class Entry:
         """Have the records come to the host, which does not wait for them.
 
         Again if there were none yet: the backward pass may come after other forward passes. Not while a CUDA
-        graph is captured, in which the copy would stay, and during which events must not be asked.
+        graph is captured, in which the copy would stay.
         """
-        if self._records.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or self.is_here:
+        if self._records.device.type != "cuda" or _is_capturing(self._records) or self.is_here:
             return
         if self._event is None or self._event.query():
             self._host = torch.empty(self._records.shape, pin_memory=True)
@@ -99,8 +99,13 @@ class Entry:
 
     @property
     def is_here(self) -> bool:
-        """Whether something is recorded, and reading it would not wait for the device."""
-        if self._host is None or (self._event is not None and not self._event.query()):
+        """Whether something is recorded, and reading it would not wait for the device.
+
+        While a CUDA graph is captured nothing can be asked.
+        """
+        if self._host is None or _is_capturing(self._records):
+            return False
+        if self._event is not None and not self._event.query():
             return False
         return float(self._host[0, 0]) != EMPTY
 
@@ -110,6 +115,10 @@ class Entry:
             rows = (self._host if self.is_here and self._host is not None else self._records).tolist()
             self._chains = tuple(_chain(row) for row in rows if row[0] != EMPTY)
         return self._chains
+
+
+def _is_capturing(records: Tensor) -> bool:
+    return records.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _chain(row: list[float]) -> ChainRecord:

@@ -121,6 +121,8 @@ class Layer:
     """Each component of the state, as a fake tensor."""
     by_cost: bool = False
     """Whether ``reason`` depends on what it is expected to cost, and so on the sizes."""
+    note: str = ""
+    """What else there is to say of it."""
 
 
 def settle(gm: GraphModule, options: Options, sizes: Sizes | None = None) -> list[Layer]:
@@ -204,13 +206,15 @@ def _too_slow(
 
 
 def _settle_scan(module: GraphModule, node: Node, options: Options, sizes: Sizes) -> Layer:
-    reason, residual, by_cost = _unwanted(options), "", False
+    reason, residual, by_cost, note = _unwanted(options), "", False, ""
     init, inputs = node.args[1], node.args[2]
     values, steps = tuple(_values(init)), _values(inputs)[0].shape[0]
     if options.apply != "never":
         try:
             scan = Scan(module, node)
             residual = scan.residual
+            if scan.why_no_kernel:
+                note = f"its steps run in a loop of torch's operators: {scan.why_no_kernel}"
             reason = reason or scan.why_not_parallel
             x, carry, weights = (_values(nodes) for nodes in (scan.inputs, scan.init, scan.weights))
             by_cost = not reason and options.apply == "auto"
@@ -226,7 +230,7 @@ def _settle_scan(module: GraphModule, node: Node, options: Options, sizes: Sizes
     if node in scans_in(module.graph):
         make_ready(module, node)
     _log("scan", reason, _settings(options, reason))
-    return Layer(node, "scan", reason, residual, steps, values, by_cost)
+    return Layer(node, "scan", reason, residual, steps, values, by_cost, note)
 
 
 def _log(kind: str, reason: str, settings: Settings) -> None:

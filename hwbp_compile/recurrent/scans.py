@@ -104,9 +104,9 @@ class Scan:
         self.cell = self._register([*carry, *over_time, *weights])
         with _compat.fake_mode_of([*carry, *over_time, *weights]):
             first = [x.select(0, 0) for x in over_time]
-            cell, reason = understand(self.cell, first, carry, weights)
-            if reason:
-                log.info("The steps of a scan run in a loop of torch's operators: %s", reason)
+            cell, self.why_no_kernel = understand(self.cell, first, carry, weights)
+            if self.why_no_kernel:
+                log.info("The steps of a scan run in a loop of torch's operators: %s", self.why_no_kernel)
             self.residual = cell.split.kind
             self.why_not_parallel = why_not_parallel(self.cell, cell, first, carry, weights)
             if self._computed:

@@ -238,6 +238,9 @@ def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> C
     if known is not None and isinstance(iterations, int):
         iterations = effective_iterations(options, known)
     line = user_line(layer.node)
+    notes = [layer.note] if layer.note else []
+    if known is not None and not layer.reason:
+        notes += _chain_notes(known, options)
     return ChainReport(
         blocks=steps if known is not None else str(steps),
         classes=(),
@@ -251,7 +254,7 @@ def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> C
         reason=layer.reason,
         iterations=iterations if isinstance(iterations, int) else None,
         new_nodes=0,
-        notes=() if layer.reason or known is None else tuple(_chain_notes(known, options)),
+        notes=tuple(notes),
         graph=graph,
         over="time",
     )
