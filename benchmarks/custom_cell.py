@@ -76,7 +76,7 @@ def main() -> None:
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
     if arguments.turns:
-        with alone(arguments.turns):  # what decides is measured now, and known when this is compiled
+        with alone(arguments.turns / "decisions"):  # what decides is known when this is compiled
             hwbp_compile.explain(module, x)
     exact = [g.clone() for g in steps["loop, eager"]()]
     for step in steps.values():

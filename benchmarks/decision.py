@@ -8,6 +8,7 @@ verdict is right if it names the faster of the two, or one that is at most 3 % s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,43 +48,58 @@ GRID = [
 ]
 
 
+class Row:
+    """A row of the grid, compiled, and not measured yet."""
+
+    def __init__(self, kind: str, sizes: Sequence[int], k: int, group: int, device: str) -> None:
+        torch.manual_seed(0)
+        length, batch, inputs, hidden = sizes
+        self.name = f"{kind:4} T {length:5} B {batch:4} I {inputs:4} H {hidden:5} k {k} group {group}"
+        self.module = (nn.GRU if kind == "gru" else nn.LSTM)(inputs, hidden).to(device)
+        self.x = torch.randn(length, batch, inputs, device=device)
+        direction = torch.randn(length, batch, hidden, device=device)
+        self.options: dict[str, Any] = {"iterations": k, "group_size": group}
+        self.steps = {"eager": Step(self.module, self.module, self.x, direction)}
+        for name, more in (("exact", {"iterations": "exact"}), ("iterated", {"apply": "always"})):
+            options = {**self.options, **more}
+            compiled = torch.compile(self.module, backend="highway", options=options, dynamic=False)
+            self.steps[name] = Step(self.module, compiled, self.x, direction)
+        for step in self.steps.values():
+            step()
+            step()
+
+    def measure(self, repeats: int) -> tuple[bool, float]:
+        """Print the row; whether the choice is right, and how fast it is, against eager torch."""
+        (chain,) = hwbp_compile.explain(self.module, self.x, options=self.options).chains
+        ms = measure(self.steps, repeats)
+        chosen, other = ("iterated", "exact") if chain.applied else ("exact", "iterated")
+        good, against = ms[chosen] <= 1.03 * ms[other], ms["eager"] / ms[chosen]
+        print(
+            f"{self.name}: "
+            f"eager {ms['eager']:8.2f} exact {ms['exact']:8.2f} iterated {ms['iterated']:8.2f} ms; "
+            f"{chosen:8} {'right' if good else 'WRONG'} ({against:.2f}x of eager); {chain.reason}",
+            flush=True,
+        )
+        return good, against
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid")
     add_turns(made)
     arguments = made.parse_args()
     set_up(arguments)
-    right, slowest, rows = 0, float("inf"), GRID[slice(*arguments.rows)]
-    for kind, steps_, batch, inputs, hidden, k, group in rows:
-        torch.manual_seed(0)
+    rows = GRID[slice(*arguments.rows)]
+    found: list[tuple[bool, float]] = []
+    # In turns all rows are compiled before the first is measured. Else there would be many programs of one
+    # function, among which each call would have to look for its own.
+    for some in [rows] if arguments.turns else [[row] for row in rows]:
         torch._dynamo.reset()
-        module = (nn.GRU if kind == "gru" else nn.LSTM)(inputs, hidden).to(arguments.device)
-        x = torch.randn(steps_, batch, inputs, device=arguments.device)
-        direction = torch.randn(steps_, batch, hidden, device=arguments.device)
-        options: dict[str, Any] = {"iterations": k, "group_size": group}
-        with alone(arguments.turns):
-            (chain,) = hwbp_compile.explain(module, x, options=options).chains
-        steps = {"eager": Step(module, module, x, direction)}
-        for name, more in (("exact", {"iterations": "exact"}), ("iterated", {"apply": "always"})):
-            compiled = torch.compile(module, backend="highway", options={**options, **more}, dynamic=False)
-            steps[name] = Step(module, compiled, x, direction)
-        for step in steps.values():
-            step()
-            step()
+        ready = [Row(kind, sizes, k, group, arguments.device) for kind, *sizes, k, group in some]
         with alone(arguments.turns, arguments.processes):
-            ms = measure(steps, arguments.repeats)
-        chosen, other = ("iterated", "exact") if chain.applied else ("exact", "iterated")
-        good = ms[chosen] <= 1.03 * ms[other]
-        right += good
-        slowest = min(slowest, ms["eager"] / ms[chosen])
-        print(
-            f"{kind:4} T {steps_:5} B {batch:4} I {inputs:4} H {hidden:5} k {k} group {group}: "
-            f"eager {ms['eager']:8.2f} exact {ms['exact']:8.2f} iterated {ms['iterated']:8.2f} ms; "
-            f"{chosen:8} {'right' if good else 'WRONG'} ({ms['eager'] / ms[chosen]:.2f}x of eager); "
-            f"{chain.reason}",
-            flush=True,
-        )
-    print(f"{right} of {len(rows)} right; slowest choice {slowest:.2f}x of eager")
+            found += [row.measure(arguments.repeats) for row in ready]
+    right, against = zip(*found, strict=True)
+    print(f"{sum(right)} of {len(rows)} right; slowest choice {min(against):.2f}x of eager")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All checks that need a CUDA device, in parts: benchmarks/gpu.sh [tests] [layers] [cells] [decision] [depth]
 # Without arguments, all of them. Compiling takes longer than measuring, so the processes of a part compile at once,
-# on up to 16 cores, and measure one after the other. Two calls may run side by side if they have the same TURNS.
+# on up to 16 cores, and measure one after the other when all are ready. Parts side by side disturb each other.
 # PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the
 # results; TURNS one for locks, CACHE one for compiled code; DEPTH the rows of depth.py, by default its whole grid.
 set -euo pipefail
@@ -19,10 +19,10 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     "$python" -m pip install --quiet --no-deps --no-build-isolation -e .
 "$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.cuda.get_device_name())"
 
-in_turns() { # FILE SCRIPT ARGUMENTS...: in the background
-    local file=$out/$1 script=benchmarks/$2
-    shift 2
-    "$python" "$script" --device cuda --turns "$turns" "$@" >>"$file" 2>>"$out/errors.txt" &
+in_turns() { # FILE PROCESSES SCRIPT ARGUMENTS...: in the background; measures when so many have compiled
+    local file=$out/$1 turns=$turns/$1 processes=$2 script=benchmarks/$3
+    shift 3
+    "$python" "$script" --device cuda --turns "$turns" --processes "$processes" "$@" >>"$file" 2>>"$out/errors.txt" &
 }
 
 tests() {
@@ -32,7 +32,7 @@ tests() {
 layers() {
     local few=(auto exact "k = 0" "k = 1" "k = 2" "k = 5" "k = 10" "groups of 8, k = 1")
     layer() {
-        in_turns layers.txt recurrent.py --repeats 7 --cuda-graphs --settings "${few[@]}" "$@"
+        in_turns layers.txt 14 recurrent.py --repeats 7 --cuda-graphs --settings "${few[@]}" "$@"
     }
     for precision in tf32 bfloat16; do
         layer --kind gru --precision $precision --shape 4096 16 64 64
@@ -43,23 +43,21 @@ layers() {
         layer --kind gru --precision $precision --shape 4096 16 64 768
     done
     layer --kind gru --precision float32 --shape 4096 16 64 64
-    in_turns layers.txt recurrent.py --repeats 3 --kind gru --loops --settings auto exact --shape 1024 128 64 64
+    in_turns layers.txt 14 recurrent.py --repeats 3 --kind gru --loops --settings auto exact --shape 1024 128 64 64
     wait
 }
 
-cells() {
-    for shape in "1024 16 64 64" "4096 16 64 64"; do
-        # shellcheck disable=SC2086
-        in_turns cells.txt custom_cell.py --repeats 3 --shape $shape \
-            --settings auto exact "k = 1" "k = 2" "groups of 8, k = 1"
-    done
+cells() { # torch's own scan is measured for the shorter one only
+    local few=(auto exact "k = 1" "k = 2" "groups of 8, k = 1")
+    in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 1024 16 64 64 --settings "${few[@]}"
+    in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 4096 16 64 64 --no-scan --settings "${few[@]}"
     wait
 }
 
 decision() {
-    for rows in "0 7" "7 14" "14 20" "20 26"; do
+    for rows in "0 4" "4 8" "8 12" "12 15" "15 18" "18 21" "21 24" "24 26"; do
         # shellcheck disable=SC2086
-        in_turns decision.txt decision.py --repeats 5 --rows $rows
+        in_turns decision.txt 8 decision.py --repeats 5 --rows $rows
     done
     wait
 }

@@ -75,15 +75,16 @@ class Step:
 class Replay:
     """A whole step in a CUDA graph, captured when this is made: one call of Python's launches all of it.
 
-    The current stream must not be the default one, and all that the step did before was done on it.
+    The current stream must not be the default one, and all that the step did before was done on it. Graphs of
+    one memory ``pool`` overwrite each other's results.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, pool: Any = None) -> None:
         self.device, self._graph = step.device, torch.cuda.CUDAGraph()
         if step.optimizer is not None:
             for group in step.optimizer.param_groups:
                 group["capturable"] = True
-        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(self._graph, pool, torch.cuda.current_stream()):
             for _ in step.stages():
                 pass
 
@@ -101,9 +102,10 @@ class Replay:
 def captured(steps: Mapping[str, Step]) -> dict[str, Replay]:
     """Those of the steps that can be captured in CUDA graphs; why others cannot is printed."""
     made = {}
+    pool = torch.cuda.graph_pool_handle()  # none of them reads what another leaves
     for name, step in steps.items():
         try:
-            made[name] = Replay(step)
+            made[name] = Replay(step, pool)
         except Exception as error:
             while error.__context__ is not None:  # what ended the capture, not that it could not be ended
                 error = error.__context__

@@ -509,6 +509,11 @@ def write_in_backward(graph: fx.Graph, memory: fx.Node, value: fx.Node) -> None:
     node.meta.update({"val": memory.meta["val"], "partitioner_tag": "must_be_in_backward", _UNSEEN: True})
 
 
+def writes_in_backward(graph: fx.Graph) -> bool:
+    """Whether a joint graph has what :func:`write_in_backward` adds."""
+    return any(node.meta.get(_UNSEEN) for node in graph.nodes)
+
+
 def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph can be changed; the nodes' values (fake tensors) are shared."""
     copy = fx.GraphModule(gm, copy_graph(gm.graph))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from torch.fx import Graph, GraphModule
 
 from . import _compat
 from .control.choices import Findings
-from .control.variants import Variants
+from .control.variants import Program, Variants
 from .options import Options, parse_options
 from .passes.apart import take_apart
 from .passes.pipeline import rewrite, simplified
-from .passes.record import drop_observations
+from .passes.record import drop_observations, new_records
 from .passes.row_gradients import join_row_gradients
 from .passes.worth import Comparison
 from .ranges import Range, open_sizes_of
+from .recurrent.as_it_is import run_as_it_is
 from .recurrent.capture import MARK, install, settle
 from .recurrent.scans import trained_scans
 from .report.log import log_record
@@ -49,9 +50,11 @@ def highway(
 
     def compile(
         gm: GraphModule, inputs: Sequence[Any], options: Options, keeps_records: bool
-    ) -> tuple[Callable[..., Any], Findings]:
+    ) -> tuple[Program, Findings]:
         layers = settle(gm, options)
         by_op = options.codegen == "eager"
+        if not by_op and (plain := run_as_it_is(gm, layers, keeps_records)) is not None:
+            return Program(plain, records=False), Findings(layers, ())
         if not by_op and trained_scans(gm):
             log.warning(
                 "A scan stays torch's own, and Inductor computes wrong gradients for some of these, so its "
@@ -60,14 +63,21 @@ def highway(
             by_op = True
         compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
         graph_pass = HighwayPass(options, keeps_records, open_sizes_of(gm).traced)
-        compiled: Callable[..., Any] = compiler(gm, inputs, inductor, graph_pass)
-        return compiled, Findings(layers, graph_pass.comparisons)
+        run: Callable[..., Any] = compiler(gm, inputs, inductor, graph_pass)
+        if keeps_records and graph_pass.records is False:
+            unused = new_records(inputs[-1].device, options.records_blocks)
+            run, keeps_records = partial(_with_last, run, unused), False
+        return Program(run, keeps_records), Findings(layers, graph_pass.comparisons)
 
     return Variants(gm, example_inputs, ours, compile, _compat.uses_cuda_graphs(inductor))
 
 
 setattr(highway, MARK, True)
 install()
+
+
+def _with_last(run: Callable[..., Any], last: Any, *args: Any) -> Any:
+    return run(*args, last)
 
 
 class HighwayPass:
@@ -81,6 +91,8 @@ class HighwayPass:
         """That of the sizes which were traced, for which is chosen what has not been chosen before."""
         self.comparisons: tuple[Comparison | None, ...] | None = None
         """What was compared for each chain; None while no graph was rewritten."""
+        self.records: bool | None = None
+        """Whether the backward pass writes to that memory; None while it is not known."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; in one without a backward half there is little to do."""
@@ -92,6 +104,7 @@ class HighwayPass:
             return
         record = rewrite(graph, options, keeps_records=self.keeps_records)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
+        self.records = _compat.writes_in_backward(graph)
         log_record(record, graph)
 
     def uuid(self) -> Any:
@@ -107,7 +120,7 @@ class HighwayPass:
         )
 
 
-@functools.cache
+@cache
 def _source_hash() -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()

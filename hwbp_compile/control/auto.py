@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Reversible
 from dataclasses import replace
 from itertools import islice, takewhile
@@ -28,6 +29,8 @@ FIRST_PERIOD = 10
 LONGEST_PERIOD = 320
 RECENT = 64
 """Steps that are looked at: their records may come late, or never."""
+AT_ONCE, SELDOM = 4, 16
+"""So many of them each time, and all of them every so many times: to look costs some microseconds."""
 SUDDEN = 2.0
 """So many times the tolerance may be estimated between watched steps before one is made at once."""
 LOWER = 0.7
@@ -58,16 +61,24 @@ class AutoIterations:
         """Per chain, how much smaller than the k-th step the next one was when it was watched."""
         self._period = FIRST_PERIOD
         self._until_watched = 0
-        self._read = begins - 1
+        self._seen, self._looks = begins - 1, 0
+        self._unread: deque[Entry] = deque(maxlen=RECENT)
         self._waiting, self._decided = False, False
         self.warned = warned
 
     def take_in(self, history: Reversible[Entry]) -> None:
         """Judge what was recorded since the last time."""
-        unread = takewhile(lambda entry: entry.number > self._read, reversed(history))
-        for entry in reversed(list(islice(unread, RECENT))):
-            if entry.options.is_iterated and entry.is_here and (chains := entry.chains()):
-                self._read = entry.number
+        new = list(takewhile(lambda entry: entry.number > self._seen, reversed(history)))
+        if new:
+            self._seen = new[0].number
+            self._unread.extend(entry for entry in reversed(new) if entry.options.is_iterated)
+        self._looks += 1
+        # Most records come at once or, where nothing is iterated after all, never.
+        newest = 0 if self._looks % SELDOM == 0 else max(len(self._unread) - AT_ONCE, 0)
+        for entry in list(islice(self._unread, newest, None)):
+            if entry.is_here and (chains := entry.chains()):
+                while self._unread and self._unread[0].number <= entry.number:
+                    self._unread.popleft()
                 self._take(entry, chains)
 
     def next_options(self, history: Reversible[Entry]) -> Options:

@@ -175,6 +175,8 @@ class Runs:
         self._parameters = [ref(p) for p in parameters]
         self.history: deque[Entry] = deque(maxlen=LENGTH)
         self.steps = 0
+        self.last_options: Options | None = None
+        """Those of the last training step; None before the first."""
         self.last = 0
         """When it began a step, in the order of all steps of all graphs."""
         self.records_blocks = False
@@ -194,11 +196,6 @@ class Runs:
     def parameters(self) -> list[Tensor]:
         """Those that the graph reads."""
         return [p for each in self._parameters if (p := each()) is not None]
-
-    @property
-    def last_options(self) -> Options | None:
-        """Those of the last training step; None before the first."""
-        return self.history[-1].options if self.history else None
 
     def first_options(self) -> Options:
         """The settings of the first training step, before it begins."""
@@ -248,15 +245,22 @@ class Runs:
             self._memory[blocks] = new_records(device, blocks)
         return self._memory[blocks]
 
-    def began(self, options: Options, records: Tensor) -> None:
-        """A training step begins its forward pass."""
-        if self._memory is not None:
-            if self.history:
-                self.history[-1].take_out()
-            records.data.fill_(EMPTY)  # autograd may have saved it for a backward pass that is still to come
+    def began(self, options: Options, records: Tensor | None) -> None:
+        """A training step begins its forward pass.
+
+        Args:
+            options: those in force.
+            records: where it will record; None if there is nothing to record.
+        """
         for entry in islice(reversed(self.history), SENT):
             entry.send()
-        self.history.append(Entry(self.steps, options, records))
+        if records is not None:
+            if self._memory is not None:
+                if self.history:
+                    self.history[-1].take_out()
+                records.data.fill_(EMPTY)  # autograd may have saved it for a backward pass still to come
+            self.history.append(Entry(self.steps, options, records))
+        self.last_options = options
         self.steps += 1
         Runs._begun += 1
         self.last = Runs._begun

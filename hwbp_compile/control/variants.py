@@ -30,7 +30,15 @@ log = logging.getLogger(__name__)
 KEPT = 16
 """Compiled settings of one graph; the one that was used longest ago gives way to another."""
 
-Program = Callable[..., Any]
+
+class Program(NamedTuple):
+    """A graph, compiled."""
+
+    run: Callable[..., Any]
+    records: bool
+    """Whether its last input is memory for records, besides the inputs of the graph."""
+
+
 Compile = Callable[[GraphModule, Sequence[Any], Options, bool], tuple[Program, Findings]]
 """Compiles a graph, which it may change, for example inputs; whether the last one is memory for records."""
 
@@ -92,17 +100,22 @@ class Variants:
         """Run the graph with the settings in force for the parameters it is given."""
         if self._device is None:  # settings are of the backward pass
             assert self._current.program is not None
-            return self._current.program(*args)
+            return self._current.program.run(*args)
         runs = self._runs_of(args)
         iterates = functools.partial(self._iterates, args)
         if _compat.in_backward_pass():  # a checkpoint computes again what it had not kept
             options = runs.last_options or runs.next_options(iterates)
-            return self._variant(options, args)(*args, runs.memory(self._device, options))
+            program = self._variant(options, args)
+            more = (runs.memory(self._device, options),) if program.records else ()
+            return program.run(*args, *more)
         options = runs.next_options(iterates)
-        variant = self._variant(options, args)
+        program = self._variant(options, args)
+        if not program.records:
+            runs.began(options, None)
+            return program.run(*args)
         records = runs.memory(self._device, options)
         runs.began(options, records)
-        return variant(*args, records)
+        return program.run(*args, records)
 
     def _runs_of(self, args: Sequence[Any]) -> Runs:
         """What belongs to the model that runs: equal models share one compiled graph."""
@@ -188,7 +201,7 @@ class Variants:
 
     def _compile_for(self, options: Options, inputs: Sequence[Any]) -> tuple[Program, Findings]:
         gm = _compat.copy_dynamo_graph(self._gm)
-        if self._device is None:
+        if self._device is None or not options.is_iterated:
             return self._compile(gm, inputs, options, False)
         memory = new_records(self._device, options.records_blocks)
         records = _compat.add_input(gm, "highway_records", memory, inputs, one_address=self._cuda_graphs)

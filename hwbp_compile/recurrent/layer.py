@@ -69,23 +69,36 @@ def recurrent_layer(
     return result
 
 
+def why_library(x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *settings: Any) -> str:
+    """Why the library runs the forward pass of a layer, and an exact backward pass; empty if our kernels do.
+
+    Arguments as of :func:`recurrent_layer`.
+    """
+    sweeps = _sweeps(x, carry, weights, settings)
+    reason = why_no_kernels(kind, [x[0]], carry, weights)
+    if not reason and not kernels_are_faster([x], carry, weights, kind, backward=sweeps):
+        reason = "that takes less time here than our kernels"
+    return reason
+
+
+def _sweeps(x: Tensor, carry: list[Tensor], weights: list[Tensor], settings: tuple[Any, ...]) -> bool:
+    """Whether there is nothing but an exact backward pass."""
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))
+    return settings[0] == EXACT and settings[-1] == 0 and trains
+
+
 @torch.library.impl("hwbp_compile::recurrent_layer", "CompositeImplicitAutograd")
 def _recurrent_layer(
     x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, *settings: Any
 ) -> list[Tensor]:
     if isinstance(x.shape[0], int) and x.shape[0] == 0:
         raise ValueError(f"A recurrent layer needs at least one time step, but its input is {list(x.shape)}.")
-    exact, watched = settings[0] == EXACT, settings[-1] > 0
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *carry, *weights))
-    reason = why_no_kernels(kind, [x[0]], carry, weights)
-    sweeps = exact and trains and not watched
-    if not reason and not kernels_are_faster([x], carry, weights, kind, backward=sweeps):
-        reason = "that takes less time here than our kernels"
+    reason = why_library(x, carry, weights, kind, *settings)
     if not reason:
         states, last = recurrent_cell([x], carry, weights, kind, Settings(*settings))
         return [own(states[0][1:]), *last]
     log.info("A recurrent layer is run by the library: %s", reason)
-    if sweeps:
+    if _sweeps(x, carry, weights, settings):
         return library_training(x, carry, weights, kind)
     result: list[Tensor] = torch.ops.hwbp_compile.library_layer.default(x, carry, weights, kind, *settings)
     return result
