@@ -11,6 +11,8 @@ out=${OUT:-gpu-results}
 turns=${TURNS:-$(mktemp -d)}
 cache=${CACHE:-$turns/depth}
 mkdir -p "$out" "$turns" "$cache"
+rm -f "$turns"/*/ready-* # of an earlier call
+declare -A started=()
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # A process per setting compiles, so that none needs more of its own.
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
@@ -23,6 +25,14 @@ in_turns() { # FILE PROCESSES SCRIPT ARGUMENTS...: in the background; measures w
     local file=$out/$1 turns=$turns/$1 processes=$2 script=benchmarks/$3
     shift 3
     "$python" "$script" --device cuda --turns "$turns" --processes "$processes" "$@" >>"$file" 2>>"$out/errors.txt" &
+    started[$!]="$script $*"
+}
+
+all_done() {
+    for process in "${!started[@]}"; do
+        wait "$process" || echo "FAILED: ${started[$process]}; see $out/errors.txt"
+    done
+    started=()
 }
 
 tests() {
@@ -44,14 +54,14 @@ layers() {
     done
     layer --kind gru --precision float32 --shape 4096 16 64 64
     in_turns layers.txt 14 recurrent.py --repeats 3 --kind gru --loops --settings auto exact --shape 1024 128 64 64
-    wait
+    all_done
 }
 
 cells() { # torch's own scan is measured for the shorter one only
     local few=(auto exact "k = 1" "k = 2" "groups of 8, k = 1")
     in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 1024 16 64 64 --settings "${few[@]}"
     in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 4096 16 64 64 --no-scan --settings "${few[@]}"
-    wait
+    all_done
 }
 
 decision() {
@@ -59,7 +69,7 @@ decision() {
         # shellcheck disable=SC2086
         in_turns decision.txt 8 decision.py --repeats 5 --rows $rows
     done
-    wait
+    all_done
 }
 
 depth() {

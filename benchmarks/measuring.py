@@ -110,6 +110,7 @@ def captured(steps: Mapping[str, Step]) -> dict[str, Replay]:
             while error.__context__ is not None:  # what ended the capture, not that it could not be ended
                 error = error.__context__
             print(f"  {name:14} not capturable: {str(error).partition(chr(10))[0]}", flush=True)
+            pool = torch.cuda.graph_pool_handle()  # to the last one memory may still be given
     return made
 
 

@@ -156,6 +156,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether automatic mixed precision is in force for a device."""
+    known = torch.amp.autocast_mode.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
+
+
 @contextmanager
 def outside_of_tracing() -> Iterator[None]:
     """Whatever is being traced around this context sees nothing of it, nor do casts around it matter."""

@@ -53,8 +53,11 @@ def highway(
     ) -> tuple[Program, Findings]:
         layers = settle(gm, options)
         by_op = options.codegen == "eager"
-        if not by_op and (plain := run_as_it_is(gm, layers, keeps_records)) is not None:
-            return Program(plain, records=False), Findings(layers, ())
+        # A CUDA graph takes less time than calls of the library, and may hold them where nothing is trained.
+        if not by_op and (torch.is_grad_enabled() or not _compat.uses_cuda_graphs(inductor)):
+            plain = run_as_it_is(gm, layers, keeps_records)
+            if plain is not None:
+                return Program(plain, records=False), Findings(layers, ())
         if not by_op and trained_scans(gm):
             log.warning(
                 "A scan stays torch's own, and Inductor computes wrong gradients for some of these, so its "
@@ -77,6 +80,7 @@ install()
 
 
 def _with_last(run: Callable[..., Any], last: Any, *args: Any) -> Any:
+    """Call what was traced with one more input, which nothing writes to after all."""
     return run(*args, last)
 
 
@@ -104,7 +108,7 @@ class HighwayPass:
             return
         record = rewrite(graph, options, keeps_records=self.keeps_records)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
-        self.records = _compat.writes_in_backward(graph)
+        self.records = bool(self.records) or _compat.writes_in_backward(graph)
         log_record(record, graph)
 
     def uuid(self) -> Any:

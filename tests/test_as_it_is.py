@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import hwbp_compile
 from hwbp_compile import _compat
+from hwbp_compile.control.runs import all_runs
 from hwbp_compile.recurrent import as_it_is, layer
 
 
-@pytest.fixture(autouse=True)
-def _by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where our kernels are the slower ones, and an iteration too."""
     for module in (as_it_is, layer):
         monkeypatch.setattr(module, "why_library", lambda *_: "for a test")
@@ -62,6 +63,7 @@ def gradients(model: nn.Module, forward: Any, x: Tensor, *more: Any) -> list[Ten
     return list(torch.autograd.grad(loss, wanted))
 
 
+@pytest.mark.usefixtures("by_the_library")
 @pytest.mark.parametrize("options", [{}, {"iterations": "exact"}, {"apply": "never"}])
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 @pytest.mark.parametrize(
@@ -79,9 +81,13 @@ def test_gradients(kind: str, settings: dict[str, Any], options: dict[str, Any])
         with torch.no_grad():
             torch.testing.assert_close(compiled(x)[0], module(x)[0], rtol=0, atol=0)
     assert not made
-    assert hwbp_compile.monitor(module).history == []
+    first = next(module.parameters())
+    runs = [r for r in all_runs() if any(p is first for p in r.parameters())]
+    assert sum(r.steps for r in runs) == 3
+    assert not any(r.history for r in runs)
 
 
+@pytest.mark.usefixtures("by_the_library")
 def test_given_states_projections_and_dropout() -> None:
     module = nn.LSTM(3, 5, num_layers=2, proj_size=2, dropout=0.5).double()
     compiled = torch.compile(module, backend="highway", fullgraph=True)
@@ -95,6 +101,29 @@ def test_given_states_projections_and_dropout() -> None:
     assert not made
 
 
+def test_half_precision_without_a_kernel() -> None:
+    """By what is found out of the layer itself."""
+    torch._dynamo.reset()
+    module = nn.LSTM(3, 5).to(torch.bfloat16)
+    compiled = torch.compile(module, backend="highway", options={"iterations": "exact"})
+    x = torch.randn(6, 4, 3, dtype=torch.bfloat16)
+    with compilations() as made:
+        found = gradients(module, compiled, x)
+    for a, b in zip(found, gradients(module, module, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not made
+
+
+def test_on_the_device_meta() -> None:
+    torch._dynamo.reset()
+    module = nn.GRU(3, 5).to("meta")
+    compiled = torch.compile(module, backend="highway", options={"iterations": "exact"})
+    y, _ = compiled(torch.randn(6, 4, 3, device="meta"))
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
+
+
+@pytest.mark.usefixtures("by_the_library")
 def test_what_is_iterated_later_is_compiled() -> None:
     module = nn.GRU(3, 5).double()
     compiled = torch.compile(module, backend="highway", options={"group_size": 1})
@@ -114,6 +143,7 @@ def test_what_is_iterated_later_is_compiled() -> None:
         assert relative_error(gradients(module, compiled, x), expected) <= 1e-14
 
 
+@pytest.mark.usefixtures("by_the_library")
 @pytest.mark.parametrize("kind", ["more work", "autocast", "own kernels"])
 def test_what_is_compiled(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: nn.Module = nn.GRU(3, 5)

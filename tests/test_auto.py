@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 import hwbp_compile
-from hwbp_compile.control.auto import FIRST_PERIOD, LONGEST_PERIOD, AutoIterations
+from hwbp_compile.control.auto import AT_ONCE, FIRST_PERIOD, LONGEST_PERIOD, RECENT, SELDOM, AutoIterations
 from hwbp_compile.control.runs import ChainRecord
 from hwbp_compile.options import Options
 
@@ -101,15 +101,63 @@ def test_exact_where_nothing_is_recorded() -> None:
     assert chosen.count("watched") < 20
 
 
-@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("at_once", [4, 8, 16, 32])
+def test_several_forward_passes_before_their_backward_passes(at_once: int) -> None:
+    """No record is lost: what has been recorded decides about the very next step."""
+    auto = AutoIterations(Options(iterations="auto"))
+    history: list[Entry] = []
+    used: list[list[Any]] = []
+    for step in range(40):
+        ratio = 0.3 if step < 20 else 1.5
+        used.append([])
+        for _ in range(at_once):
+            now = auto.next_options(history)  # type: ignore[arg-type]
+            k = now.watch or now.iterations
+            used[-1].append("watched" if now.watch else k)
+            found = () if k == "exact" else tuple(ratio**j for j in range(1, k + 1))
+            records = (ChainRecord(40, False, len(found), found, 1.0),) if found else ()
+            history.append(Entry(len(history), now, records, False))
+        for entry in history:
+            entry.is_here = True
+    assert set(used[0]) == {"watched"}
+    assert all(set(each) <= {2, "watched"} for each in used[1:21])
+    assert sum(each.count("watched") for each in used[1:20]) <= 20
+    assert not any(2 in each for each in used[21:])
+    assert used[-1].count("exact") > at_once // 2
+
+
+def test_few_looks_where_nothing_is_recorded() -> None:
+    looks = []
+
+    @dataclass
+    class Never(Entry):
+        @property
+        def is_here(self) -> bool:
+            looks.append(self.number)
+            return False
+
+        @is_here.setter
+        def is_here(self, value: bool) -> None:
+            pass
+
+    auto, history = AutoIterations(Options(iterations="auto")), []
+    for number in range(400):
+        history.append(Never(number, auto.next_options(history), ()))
+    before = len(looks)
+    for number in range(400, 800):
+        history.append(Never(number, auto.next_options(history), ()))
+    assert len(looks) - before <= 400 * (AT_ONCE + RECENT / SELDOM)
+
+
+@pytest.mark.parametrize("delay", [0, 2, 5])
 def test_a_growing_error_is_seen_within_five_steps(delay: int, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = geometric(0.3), geometric(1.5)
     with caplog.at_level(logging.WARNING):
         chosen = play(lambda step, k: (good if step < 50 else bad)(step, k), 120, delay=delay)
     assert chosen[49] == 2
     after = chosen[50:]
-    assert after.index("watched") <= 5
-    assert 2 not in after[5:]
+    assert after.index("watched") <= 4 + delay
+    assert 2 not in after[4 + delay :]
     assert after.count("exact") > 50
     assert len(caplog.records) == 1
 

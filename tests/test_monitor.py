@@ -11,7 +11,9 @@ from small_models import LENGTH, D, chain, compiled, grads, model
 from torch import Tensor, nn
 
 import hwbp_compile
+from hwbp_compile.control import runs as runs_module
 from hwbp_compile.control.monitor import Monitor
+from hwbp_compile.control.runs import Runs, all_runs
 from hwbp_compile.passes import record
 
 
@@ -84,6 +86,28 @@ def test_blocks_are_recorded_on_demand(group_size: int) -> None:
     assert seen.current[0].block_steps == ()
 
 
+def test_what_records_nothing_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a graph without a chain nor a step that is exact."""
+    made: list[Any] = []
+    original = runs_module.new_records
+    monkeypatch.setattr(runs_module, "new_records", lambda *a: made.append(a) or original(*a))
+    short = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        expected = grads(short, short, x)
+        for found, exact in zip(grads(short, compiled(short, iterations=2), x), expected, strict=True):
+            torch.testing.assert_close(found, exact)
+    m = model()
+    c = compiled(m, apply="always", iterations="exact")
+    grads(m, c, x)
+    assert not made
+    assert sum(runs.steps for runs in all_runs() if any(p is m[0].weight for p in runs.parameters())) == 1
+    hwbp_compile.set_iterations(m, 2)
+    grads(m, c, x)
+    assert len(made) == 1
+    assert [s.step for s in hwbp_compile.monitor(m).history] == [1]
+
+
 def test_history_counts_steps_whose_backward_pass_ran() -> None:
     m = model()
     c = compiled(m, apply="always", iterations=2)
@@ -114,11 +138,18 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
         assert steps == pytest.approx(steps_of(cotangents(m, x, 2)), rel=1e-5)
 
 
+@pytest.fixture
+def one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record as code in CUDA graphs does, which there are none of on a CPU."""
+    original = Runs.__init__
+    monkeypatch.setattr(Runs, "__init__", lambda self, *args: original(self, *args[:3], True))
+
+
+@pytest.mark.usefixtures("one_address")
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_records_at_one_address(codegen: str) -> None:
-    """As code in CUDA graphs needs it, which there are none of on a CPU; a late backward pass counts once."""
     m = model()
-    c = compiled(m, apply="always", iterations=2, codegen=codegen, **{"triton.cudagraphs": True})
+    c = compiled(m, apply="always", iterations=2, codegen=codegen)
     inputs = [torch.randn(5, 4, dtype=torch.float64) for _ in range(5)]
     seen = hwbp_compile.monitor(m)
     for i, x in enumerate(inputs[:3]):
@@ -128,10 +159,30 @@ def test_records_at_one_address(codegen: str) -> None:
     for loss in losses:
         loss.backward()
     found = seen.history
-    assert [s.step for s in found] == [0, 1, 2, 4]
+    assert [s.step for s in found] == [0, 1, 2, 4]  # of two at once the last one has a record
     assert [len(s.chains[0].block_steps) for s in found] == [0, LENGTH, 0, 0]
     for x, entry in zip([*inputs[:3], inputs[4]], found, strict=True):
         assert entry.chains[0].steps == pytest.approx(steps_of(cotangents(m, x, 2)), rel=1e-5)
+    assert len({e._records.data_ptr() for runs in all_runs() for e in runs.history if e.number > 2}) == 2
+
+
+@pytest.mark.usefixtures("one_address")
+def test_each_setting_has_its_address() -> None:
+    """Backward passes come in the other order, and each step has a record of its own iterations."""
+    m = model()
+    c = compiled(m, apply="always", iterations=1)
+    seen = hwbp_compile.monitor(m)
+    inputs = [torch.randn(5, 4, dtype=torch.float64) for _ in range(6)]
+    for pair in (inputs[:2], inputs[2:4], inputs[4:]):
+        losses = []
+        for k, x in enumerate(pair, start=1):
+            hwbp_compile.set_iterations(m, k)
+            losses.append(c(x).square().sum())
+        sum(reversed(losses)).backward()
+    assert [s.chains[0].iterations for s in seen.history] == [1, 2] * 3
+    for x, entry in zip(inputs, seen.history, strict=True):
+        expected = steps_of(cotangents(m, x, entry.chains[0].iterations))
+        assert entry.chains[0].steps == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_is_current_is_of_the_last_step() -> None:

@@ -30,7 +30,7 @@ LONGEST_PERIOD = 320
 RECENT = 64
 """Steps that are looked at: their records may come late, or never."""
 AT_ONCE, SELDOM = 4, 16
-"""So many of them each time, and all of them every so many times: to look costs some microseconds."""
+"""Where nothing comes, so many of the newest are looked at each time, and all of them every so many times."""
 SUDDEN = 2.0
 """So many times the tolerance may be estimated between watched steps before one is made at once."""
 LOWER = 0.7
@@ -73,9 +73,12 @@ class AutoIterations:
             self._seen = new[0].number
             self._unread.extend(entry for entry in reversed(new) if entry.options.is_iterated)
         self._looks += 1
-        # Most records come at once or, where nothing is iterated after all, never.
-        newest = 0 if self._looks % SELDOM == 0 else max(len(self._unread) - AT_ONCE, 0)
-        for entry in list(islice(self._unread, newest, None)):
+        if len(self._unread) == RECENT and self._looks % SELDOM:
+            # Most likely nothing will be recorded any more, and to look costs some microseconds each.
+            newest = islice(reversed(self._unread), AT_ONCE)
+            if not any(entry.is_here for entry in newest):
+                return
+        for entry in list(self._unread):
             if entry.is_here and (chains := entry.chains()):
                 while self._unread and self._unread[0].number <= entry.number:
                     self._unread.popleft()

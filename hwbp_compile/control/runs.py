@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from ..passes.record import EMPTY, OVER_TIME, new_records
 from ..solvers.observe import HEAD, STEPS
 from .auto import AutoIterations
 from .settings import epoch, overrides_for
+
+log = logging.getLogger(__name__)
 
 LENGTH = 256
 """Steps of which records are kept."""
@@ -82,7 +85,7 @@ class Entry:
         Again if there were none yet: the backward pass may come after other forward passes. Not while a CUDA
         graph is captured, in which the copy would stay.
         """
-        if self._records.device.type != "cuda" or _is_capturing(self._records) or self.is_here:
+        if self._records.device.type != "cuda" or _captures() or self.is_here:
             return
         if self._event is None or self._event.query():
             self._host = torch.empty(self._records.shape, pin_memory=True)
@@ -103,7 +106,7 @@ class Entry:
 
         While a CUDA graph is captured nothing can be asked.
         """
-        if self._host is None or _is_capturing(self._records):
+        if self._host is None or _captures():
             return False
         if self._event is not None and not self._event.query():
             return False
@@ -117,8 +120,27 @@ class Entry:
         return self._chains
 
 
-def _is_capturing(records: Tensor) -> bool:
-    return records.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+class _Place:
+    """Memory at which all steps with the same options record.
+
+    Of several steps that are begun before their backward passes the last one has what comes; all of it is of
+    iterations with these options.
+    """
+
+    def __init__(self, records: Tensor) -> None:
+        self.records = records
+        self._entry: Entry | None = None
+
+    def give_to(self, entry: Entry) -> None:
+        """From now on it is this step's."""
+        if self._entry is not None:
+            self._entry.take_out()
+        self.records.data.fill_(EMPTY)  # autograd may have saved it for a backward pass that is still to come
+        self._entry = entry
+
+
+def _captures() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _chain(row: list[float]) -> ChainRecord:
@@ -161,7 +183,7 @@ class Runs:
         compiled: the options that the graph was compiled with.
         parameters: those that the graph reads.
         frame: equal for graphs of one code, such as those for other sizes.
-        one_address: whether all steps record at one address, as code in CUDA graphs does.
+        one_address: whether steps with the same options record at one address, as code in CUDA graphs does.
     """
 
     _made = 0
@@ -171,7 +193,7 @@ class Runs:
         self, compiled: Options, parameters: Sequence[Tensor], frame: Any, one_address: bool = False
     ) -> None:
         self._compiled, self.frame = compiled, frame
-        self._memory: dict[bool, Tensor] | None = {} if one_address else None
+        self._memory: dict[Options, _Place] | None = {} if one_address else None
         self._parameters = [ref(p) for p in parameters]
         self.history: deque[Entry] = deque(maxlen=LENGTH)
         self.steps = 0
@@ -183,7 +205,7 @@ class Runs:
         self._with_blocks: dict[Options, Options] = {}
         self.auto: AutoIterations | None = None
         self._epoch = -1
-        self._resolved = False
+        self._resolved = self._warned_of_capture = False
         self._options = compiled
         Runs._made += 1
         self.number = Runs._made
@@ -213,6 +235,15 @@ class Runs:
             self._resolve()
         if self.auto is None:
             options = self._options
+        elif _captures() and self.last_options is not None:
+            # What is captured cannot be compiled meanwhile, nor would it change later.
+            options = self.last_options
+            if options.watch and not self._warned_of_capture:
+                self._warned_of_capture = True
+                log.warning(
+                    "A CUDA graph is captured of a step whose iterations are only watched, as none has been "
+                    "chosen yet. Run more steps before, or give iterations a number."
+                )
         elif iterates(self.auto.first):
             options = self.auto.next_options(self.history)
         else:
@@ -238,12 +269,11 @@ class Runs:
 
     def memory(self, device: torch.device, options: Options) -> Tensor:
         """Where a step with these options records; see :func:`.passes.record.new_records`."""
-        blocks = options.records_blocks
         if self._memory is None:
-            return new_records(device, blocks)
-        if blocks not in self._memory:
-            self._memory[blocks] = new_records(device, blocks)
-        return self._memory[blocks]
+            return new_records(device, options.records_blocks)
+        if options not in self._memory:
+            self._memory[options] = _Place(new_records(device, options.records_blocks))
+        return self._memory[options].records
 
     def began(self, options: Options, records: Tensor | None) -> None:
         """A training step begins its forward pass.
@@ -255,11 +285,10 @@ class Runs:
         for entry in islice(reversed(self.history), SENT):
             entry.send()
         if records is not None:
+            entry = Entry(self.steps, options, records)
+            self.history.append(entry)
             if self._memory is not None:
-                if self.history:
-                    self.history[-1].take_out()
-                records.data.fill_(EMPTY)  # autograd may have saved it for a backward pass still to come
-            self.history.append(Entry(self.steps, options, records))
+                self._memory[options].give_to(entry)
         self.last_options = options
         self.steps += 1
         Runs._begun += 1

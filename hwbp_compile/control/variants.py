@@ -60,7 +60,7 @@ class Variants:
         example_inputs: as Dynamo handed them over.
         options: those that it is compiled with.
         compile: compiles one setting.
-        cuda_graphs: whether what is compiled runs in CUDA graphs.
+        cuda_graphs: whether what is compiled runs in CUDA graphs, if it is for a CUDA device.
     """
 
     def __init__(
@@ -71,18 +71,19 @@ class Variants:
         compile: Compile,
         cuda_graphs: bool = False,
     ) -> None:
-        self._gm, self._options, self._cuda_graphs = gm, options, cuda_graphs
+        self._gm, self._options = gm, options
         self._fake = _compat.fake_inputs(gm, example_inputs)
         self._compile = compile
         self._compiled: OrderedDict[Any, Program | None] = OrderedDict()
         self._lock = threading.RLock()
         self._runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._frame = _compat.frame_being_compiled()
-        self._alone = Runs(options, (), self._frame, cuda_graphs)
+        self._device = _device_of(gm, example_inputs) if _trains(gm, example_inputs) else None
+        self._one_address = cuda_graphs and self._device is not None and self._device.type == "cuda"
+        self._alone = Runs(options, (), self._frame, self._one_address)
         self._last: tuple[Any, Runs] = (lambda: None, self._alone)
         self._position: int | None = None
         self._seen_arguments = False
-        self._device = _device_of(gm, example_inputs) if _trains(gm, example_inputs) else None
         # What the model begins with is compiled at once, while Dynamo is there. What is faster is chosen
         # meanwhile, for the sizes at hand.
         first = self._runs_of(_compat.real_inputs(gm)).first_options()
@@ -131,7 +132,7 @@ class Variants:
         with self._lock:
             if parameter not in self._runs:
                 read = [x for x in args if isinstance(x, nn.Parameter)]
-                self._runs[parameter] = Runs(self._options, read, self._frame, self._cuda_graphs)
+                self._runs[parameter] = Runs(self._options, read, self._frame, self._one_address)
             runs = self._runs[parameter]
         self._last = ref(parameter), runs
         return runs
@@ -204,7 +205,7 @@ class Variants:
         if self._device is None or not options.is_iterated:
             return self._compile(gm, inputs, options, False)
         memory = new_records(self._device, options.records_blocks)
-        records = _compat.add_input(gm, "highway_records", memory, inputs, one_address=self._cuda_graphs)
+        records = _compat.add_input(gm, "highway_records", memory, inputs, one_address=self._one_address)
         return self._compile(gm, [*inputs, records], options, True)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .. import _compat
 from .capture import Layer
 from .layer import why_library
 from .library import call_library
@@ -25,7 +26,7 @@ _ARRANGE_METHODS = frozenset({"flip", "squeeze", "to", "transpose", "unsqueeze"}
 _ARRANGE: frozenset[Any] = frozenset(
     {operator.getitem, torch.cat, torch.stack, torch.zeros, torch.nn.functional.dropout}
 )
-"""What lies between the layers of a module: next to no work."""
+"""Methods and functions that lie between the layers of a module: next to no work."""
 
 
 def run_as_it_is(gm: GraphModule, layers: Sequence[Layer], keeps_records: bool) -> Callable[..., Any] | None:
@@ -37,9 +38,9 @@ def run_as_it_is(gm: GraphModule, layers: Sequence[Layer], keeps_records: bool) 
         keeps_records: whether its last input is memory for records; it is taken away, as there are none.
     """
     nodes = {layer.node for layer in layers}
-    if not nodes or not all(_is_by_library(layer) for layer in layers):
+    if not nodes or any(n not in nodes and not _arranges(n) for n in gm.graph.nodes):
         return None
-    if any(n not in nodes and not _arranges(n) for n in gm.graph.nodes):
+    if not all(_is_by_library(layer) for layer in layers):
         return None
     for node in nodes:
         with gm.graph.inserting_before(node):
@@ -57,8 +58,7 @@ def run_as_it_is(gm: GraphModule, layers: Sequence[Layer], keeps_records: bool) 
 def _is_by_library(layer: Layer) -> bool:
     if not layer.reason or layer.node.target is not torch.ops.hwbp_compile.recurrent_layer.default:
         return False
-    device = layer.carry[0].device.type
-    if torch.is_autocast_enabled(device):
+    if _compat.autocasts(layer.carry[0].device):
         return False
     given: Any = torch.fx.node.map_arg(layer.node.args, lambda n: n.meta["example_value"])
     return bool(why_library(*given))

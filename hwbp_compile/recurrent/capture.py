@@ -50,7 +50,7 @@ def run_layers(
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)
     device, given = x.device.type, x.dtype
-    casts = device != "meta" and torch.is_autocast_enabled(device) and given != torch.float64
+    casts = _compat.autocasts(x.device) and given != torch.float64
     low = torch.get_autocast_dtype(device) if casts else None
     if low is not None:
         x, carry, weights = x.to(low), [c.to(low) for c in carry], [w.to(low) for w in weights]
@@ -122,7 +122,7 @@ class Layer:
     by_cost: bool = False
     """Whether ``reason`` depends on what it is expected to cost, and so on the sizes."""
     note: str = ""
-    """What else there is to say of it."""
+    """How its steps are run, where not by a kernel."""
 
 
 def settle(gm: GraphModule, options: Options, sizes: Sizes | None = None) -> list[Layer]:
@@ -221,12 +221,12 @@ def _settle_scan(module: GraphModule, node: Node, options: Options, sizes: Sizes
             reason = reason or _too_slow(scan.cell, x, carry, weights, options, sizes)
             node = scan.replace(_settings(options, reason))
         except CannotRewrite as refusal:
-            reason = refusal.reason
+            reason, note = refusal.reason, ""
         except _compat.restart_exceptions():
             raise
         except Exception as error:
             log.warning("A scan is left exact after an internal error.", exc_info=True)
-            reason = f"internal error: {type(error).__name__}: {error}"
+            note, reason = "", f"internal error: {type(error).__name__}: {error}"
     if node in scans_in(module.graph):
         make_ready(module, node)
     _log("scan", reason, _settings(options, reason))

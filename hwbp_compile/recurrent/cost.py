@@ -220,6 +220,12 @@ def _forward_of_iteration(case: Case, steps: int) -> Line:
     return found.forward
 
 
+def forget() -> None:
+    """Measure recurrences anew from here on."""
+    _measure_kernels.cache_clear()
+    _measure_library.cache_clear()
+
+
 @functools.lru_cache(maxsize=256)
 def _measure_kernels(case: Case) -> Exact | None:
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))

@@ -97,8 +97,7 @@ class Scan:
             raise CannotRewrite("the cell reads a number that is no tensor")
         if len({x.dtype for x in carry}) > 1 or not carry[0].is_floating_point():
             raise CannotRewrite("the components of the state are not all of one floating-point dtype")
-        device = carry[0].device.type
-        if (device != "meta" and torch.is_autocast_enabled(device)) or _has_autocast(node.graph):
+        if _compat.autocasts(carry[0].device) or _has_autocast(node.graph):
             raise CannotRewrite("automatic mixed precision is in force")
         self._split_outputs()
         self.cell = self._register([*carry, *over_time, *weights])

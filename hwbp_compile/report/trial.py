@@ -43,6 +43,7 @@ class Trial:
             ModelError: the loss is no scalar, or reaches no parameter.
         """
         set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
+        before = {runs: runs.steps for runs in self._runs}
         # What a forward pass changes, such as running means, is undone: every call starts from the same.
         with unchanged(self._model, batch), self._called() as calls:
             set_random_states(self._states)
@@ -57,7 +58,8 @@ class Trial:
             # Not backward(): hooks behind a parameter's gradient may change the parameter.
             each = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         found = {name: g for (name, _), g in zip(named, each, strict=True) if g is not None}
-        chains = [c for runs in self._runs if runs.history for c in runs.history[-1].chains()]
+        last = [(runs.history[-1], before.get(runs, 0)) for runs in self._runs if runs.history]
+        chains = [c for entry, begun in last if entry.number >= begun for c in entry.chains()]
         return found, tuple(chains)
 
     @contextmanager
