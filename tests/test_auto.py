@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -107,8 +107,8 @@ def test_several_forward_passes_before_their_backward_passes(at_once: int) -> No
     auto = AutoIterations(Options(iterations="auto"))
     history: list[Entry] = []
     used: list[list[Any]] = []
-    for step in range(40):
-        ratio = 0.3 if step < 20 else 1.5
+    for step in range(100):
+        ratio = 1.5 if 20 <= step < 24 else 0.3
         used.append([])
         for _ in range(at_once):
             now = auto.next_options(history)  # type: ignore[arg-type]
@@ -122,8 +122,34 @@ def test_several_forward_passes_before_their_backward_passes(at_once: int) -> No
     assert set(used[0]) == {"watched"}
     assert all(set(each) <= {2, "watched"} for each in used[1:21])
     assert sum(each.count("watched") for each in used[1:20]) <= 20
-    assert not any(2 in each for each in used[21:])
-    assert used[-1].count("exact") > at_once // 2
+    assert not any(2 in each for each in used[21:24])
+    assert used[-1].count(2) >= at_once - 1
+
+
+def test_a_watched_step_counts_though_others_came_since() -> None:
+    auto, history = AutoIterations(Options(iterations="auto")), []
+
+    def begin(ratio: float) -> Any:
+        now = auto.next_options(history)
+        k = now.watch or now.iterations
+        steps = tuple(ratio**j for j in range(1, k + 1))
+        history.append(Entry(len(history), now, (ChainRecord(40, False, k, steps, 1.0),)))
+        return now
+
+    begin(0.3)
+    while not begin(0.3).watch:
+        pass
+    before = len(history)
+    history[-1] = replace(history[-1], records=(ChainRecord(40, False, 9, geometric(0.45)(0, 9), 1.0),))
+    for entry in history[before - 1 :]:
+        entry.is_here = False
+    for _ in range(7):
+        begin(0.3)
+        history[-1].is_here = False
+    for entry in history:
+        entry.is_here = True
+    begin(0.3)
+    assert auto.iterations == 3
 
 
 def test_few_looks_where_nothing_is_recorded() -> None:
