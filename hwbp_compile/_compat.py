@@ -583,6 +583,7 @@ def _user_passes(patches: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _compose(user_passes: tuple[Any, ...], graph_pass: GraphPass) -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.utils import get_donated_idxs
 
     class Composed(CustomGraphPass):
         """The user's passes, then ours; 2.11 takes no list."""
@@ -593,8 +594,10 @@ def _compose(user_passes: tuple[Any, ...], graph_pass: GraphPass) -> Any:
 
         def uuid(self) -> Any:
             ids = [each.uuid() if hasattr(each, "uuid") else None for each in user_passes]
-            # Without an identity for every pass nothing may be cached.
-            return None if None in ids else (*ids, graph_pass.uuid())
+            # Without an identity for every pass nothing may be cached. Which saved tensors a backward pass may
+            # overwrite is no part of the key of Inductor's cache: with retain_graph=True, code that overwrites
+            # some was taken from it.
+            return None if None in ids else (*ids, graph_pass.uuid(), str(get_donated_idxs()))
 
     return Composed()
 

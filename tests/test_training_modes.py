@@ -9,6 +9,7 @@ from compare import recorded, rewritten
 from families import Attention, PreAct, Residual, mlp
 from small_models import D, chain, check_exact, compiled, grads, model
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 
@@ -63,6 +64,22 @@ def test_second_backward(codegen: str) -> None:
         loss.backward()
     for p, e in zip(m.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, e)
+
+
+def test_cached_code_overwrites_nothing_that_a_second_backward_pass_reads() -> None:
+    """Inductor caches it without regard to which saved tensors may be overwritten."""
+    m, x = model(4), torch.randn(5, 4).double()
+    expected = grads(m, m, x)
+    with fresh_cache():
+        grads(m, compiled(m, codegen="inductor"), x)  # may overwrite what is read once
+        torch._dynamo.reset()
+        m.zero_grad()
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            loss = compiled(m, codegen="inductor")(x).square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+    for p, e in zip(m.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, 2 * e)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
