@@ -594,9 +594,8 @@ def _compose(user_passes: tuple[Any, ...], graph_pass: GraphPass) -> Any:
 
         def uuid(self) -> Any:
             ids = [each.uuid() if hasattr(each, "uuid") else None for each in user_passes]
-            # Without an identity for every pass nothing may be cached. Which saved tensors a backward pass may
-            # overwrite is no part of the key of Inductor's cache: with retain_graph=True, code that overwrites
-            # some was taken from it.
+            # Without an identity for every pass nothing may be cached. Inductor's cache does not care which
+            # saved tensors a backward pass may overwrite: with retain_graph=True, it gave code that does.
             return None if None in ids else (*ids, graph_pass.uuid(), str(get_donated_idxs()))
 
     return Composed()
