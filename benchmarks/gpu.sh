@@ -11,8 +11,8 @@ out=${OUT:-gpu-results}
 turns=${TURNS:-$(mktemp -d)}
 cache=${CACHE:-$turns/depth}
 mkdir -p "$out" "$turns" "$cache"
-rm -f "$turns"/*/ready-* # of an earlier call
 declare -A started=()
+failed=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # A process per setting compiles, so that none needs more of its own.
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
@@ -30,7 +30,7 @@ in_turns() { # FILE PROCESSES SCRIPT ARGUMENTS...: in the background; measures w
 
 all_done() {
     for process in "${!started[@]}"; do
-        wait "$process" || echo "FAILED: ${started[$process]}; see $out/errors.txt"
+        wait "$process" || { echo "FAILED: ${started[$process]}; see $out/errors.txt" && failed=1; }
     done
     started=()
 }
@@ -40,6 +40,7 @@ tests() {
 }
 
 layers() {
+    rm -f "$turns"/layers.txt/ready-* # of an earlier call
     local few=(auto exact "k = 0" "k = 1" "k = 2" "k = 5" "k = 10" "groups of 8, k = 1")
     layer() {
         in_turns layers.txt 14 recurrent.py --repeats 7 --cuda-graphs --settings "${few[@]}" "$@"
@@ -58,6 +59,7 @@ layers() {
 }
 
 cells() { # torch's own scan is measured for the shorter one only
+    rm -f "$turns"/cells.txt/ready-*
     local few=(auto exact "k = 1" "k = 2" "groups of 8, k = 1")
     in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 1024 16 64 64 --settings "${few[@]}"
     in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 4096 16 64 64 --no-scan --settings "${few[@]}"
@@ -65,6 +67,7 @@ cells() { # torch's own scan is measured for the shorter one only
 }
 
 decision() {
+    rm -f "$turns"/decision.txt/ready-*
     for rows in "0 4" "4 8" "8 12" "12 15" "15 18" "18 21" "21 24" "24 26"; do
         # shellcheck disable=SC2086
         in_turns decision.txt 8 decision.py --repeats 5 --rows $rows
@@ -85,3 +88,4 @@ depth() {
 for part in "${@:-tests layers cells decision depth}"; do
     for each in $part; do "$each"; done
 done
+exit $failed

@@ -47,6 +47,7 @@ def highway(
         OptionError: an option has a wrong name, type or value.
     """
     ours, inductor = parse_options(options, mode)
+    cuda_graphs = _compat.uses_cuda_graphs(inductor)
 
     def compile(
         gm: GraphModule, inputs: Sequence[Any], options: Options, keeps_records: bool
@@ -54,7 +55,8 @@ def highway(
         layers = settle(gm, options)
         by_op = options.codegen == "eager"
         # A CUDA graph takes less time than calls of the library, and may hold them where nothing is trained.
-        if not by_op and (torch.is_grad_enabled() or not _compat.uses_cuda_graphs(inductor)):
+        on_gpu = any(layer.carry[0].device.type == "cuda" for layer in layers)
+        if not by_op and not (on_gpu and cuda_graphs and not torch.is_grad_enabled()):
             plain = run_as_it_is(gm, layers, keeps_records)
             if plain is not None:
                 return Program(plain, records=False), Findings(layers, ())
@@ -72,7 +74,7 @@ def highway(
             run, keeps_records = partial(_with_last, run, unused), False
         return Program(run, keeps_records), Findings(layers, graph_pass.comparisons)
 
-    return Variants(gm, example_inputs, ours, compile, _compat.uses_cuda_graphs(inductor))
+    return Variants(gm, example_inputs, ours, compile, cuda_graphs)
 
 
 setattr(highway, MARK, True)

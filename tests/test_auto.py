@@ -126,7 +126,9 @@ def test_several_forward_passes_before_their_backward_passes(at_once: int) -> No
     assert used[-1].count(2) >= at_once - 1
 
 
-def test_a_watched_step_counts_though_others_came_since() -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_watched_step_counts_though_others_came_since(last: bool) -> None:
+    """Its record comes with those of the steps after it, or (``last``) when they have been read."""
     auto, history = AutoIterations(Options(iterations="auto")), []
 
     def begin(ratio: float) -> Any:
@@ -139,17 +141,21 @@ def test_a_watched_step_counts_though_others_came_since() -> None:
     begin(0.3)
     while not begin(0.3).watch:
         pass
-    before = len(history)
-    history[-1] = replace(history[-1], records=(ChainRecord(40, False, 9, geometric(0.45)(0, 9), 1.0),))
-    for entry in history[before - 1 :]:
-        entry.is_here = False
+    watched = replace(history[-1], records=(ChainRecord(40, False, 9, geometric(0.45)(0, 9), 1.0),))
+    watched.is_here = False
+    history[-1] = watched
     for _ in range(7):
         begin(0.3)
         history[-1].is_here = False
+        assert auto.awaited() == [watched]
     for entry in history:
-        entry.is_here = True
+        entry.is_here = entry is not watched or not last
+    begin(0.3)
+    assert auto.iterations == (2 if last else 3)
+    watched.is_here = True
     begin(0.3)
     assert auto.iterations == 3
+    assert auto.awaited() == []
 
 
 def test_few_looks_where_nothing_is_recorded() -> None:

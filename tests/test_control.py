@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
-from small_models import compiled, grads, model
+from small_models import compiled, grads, model, settled
 from torch import nn
 from torch._dynamo.utils import counters
 
 import hwbp_compile
 from hwbp_compile import _compat
+from hwbp_compile.control import runs as runs_module
 from hwbp_compile.control.choices import Findings
 from hwbp_compile.control.variants import KEPT, Variants
 from hwbp_compile.options import Options
@@ -279,3 +281,30 @@ def test_a_schedule_may_be_a_function() -> None:
 def test_wrong_phases_are_refused(phases: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         hwbp_compile.IterationsSchedule(model(), phases)
+
+
+def test_a_captured_step_has_the_last_k(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As while a CUDA graph is captured, when nothing can be compiled or asked."""
+    m = settled()
+    c = compiled(m, apply="always", iterations="auto")
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def captured() -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(runs_module, "_captures", lambda: True)
+            grads(m, c, x)
+        seen = [r for r in runs_module.all_runs() if r.history]
+        return max(seen, key=lambda r: r.last).last_options
+
+    grads(m, c, x)
+    with caplog.at_level(logging.WARNING):
+        assert captured().watch
+        assert "Run more steps before" in caplog.text
+    while not hwbp_compile.monitor(m).history[-1].watched or len(hwbp_compile.monitor(m).history) < 5:
+        grads(m, c, x)  # up to the next watched step
+    k = captured().iterations
+    assert isinstance(k, int)
+    hwbp_compile.set_iterations(m, 5)
+    assert captured().iterations == 5

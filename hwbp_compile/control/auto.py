@@ -31,6 +31,8 @@ RECENT = 64
 """Steps that are looked at: their records may come late, or never."""
 AT_ONCE, SELDOM = 4, 16
 """Where nothing comes, so many of the newest are looked at each time, and all of them every so many times."""
+AWAITED = 2
+"""Watched steps that are waited for, however many steps are begun before their backward passes."""
 SUDDEN = 2.0
 """So many times the tolerance may be estimated between watched steps before one is made at once."""
 LOWER = 0.7
@@ -80,9 +82,18 @@ class AutoIterations:
                 return
         for entry in list(self._unread):
             if entry.is_here and (chains := entry.chains()):
-                while self._unread and self._unread[0].number <= entry.number:
-                    self._unread.popleft()
+                # What a watched step recorded still counts when it comes after that of others.
+                keep = [
+                    other
+                    for other in self._unread
+                    if other.number > entry.number or (other.options.watch and not entry.options.watch)
+                ]
+                self._unread = deque((other for other in keep if other is not entry), RECENT)
                 self._take(entry, chains)
+
+    def awaited(self) -> list[Entry]:
+        """The first watched steps whose records have not come."""
+        return list(islice((entry for entry in self._unread if entry.options.watch), AWAITED))
 
     def next_options(self, history: Reversible[Entry]) -> Options:
         """The options of the next step."""

@@ -206,6 +206,8 @@ class Runs:
         self.auto: AutoIterations | None = None
         self._epoch = -1
         self._resolved = self._warned_of_capture = False
+        self._unwatched: Options | None = None
+        """Those of the last step with the present settings that was no watched one."""
         self._options = compiled
         Runs._made += 1
         self.number = Runs._made
@@ -235,15 +237,8 @@ class Runs:
             self._resolve()
         if self.auto is None:
             options = self._options
-        elif _captures() and self.last_options is not None:
-            # What is captured cannot be compiled meanwhile, nor would it change later.
-            options = self.last_options
-            if options.watch and not self._warned_of_capture:
-                self._warned_of_capture = True
-                log.warning(
-                    "A CUDA graph is captured of a step whose iterations are only watched, as none has been "
-                    "chosen yet. Run more steps before, or give iterations a number."
-                )
+        elif _captures():
+            options = self._captured_options(self.auto)
         elif iterates(self.auto.first):
             options = self.auto.next_options(self.history)
         else:
@@ -255,13 +250,25 @@ class Runs:
             self._with_blocks[options] = replace(options, records_blocks=True)
         return self._with_blocks[options]
 
+    def _captured_options(self, auto: AutoIterations) -> Options:
+        """For a step that is captured: meanwhile nothing can be compiled, and later nothing changed."""
+        if self._unwatched is not None:
+            return self._unwatched
+        if not self._warned_of_capture:
+            self._warned_of_capture = True
+            log.warning(
+                "A CUDA graph is captured of a step whose iterations are only watched, as k has not been "
+                "chosen yet. Run more steps before, or give iterations a number."
+            )
+        return auto.first
+
     def _resolve(self) -> None:
         self._epoch = epoch()
         overrides = overrides_for(self.parameters())
         options = self._compiled if overrides is None else overrides.over(self._compiled)
         if self._resolved and options == self._options:
             return
-        self._resolved = True
+        self._resolved, self._unwatched = True, None
         self._with_blocks.clear()
         self._options = options
         warned = self.auto is not None and self.auto.warned
@@ -282,7 +289,8 @@ class Runs:
             options: those in force.
             records: where it will record; None if there is nothing to record.
         """
-        for entry in islice(reversed(self.history), SENT):
+        newest = list(islice(reversed(self.history), SENT))
+        for entry in newest if self.auto is None else {*newest, *self.auto.awaited()}:
             entry.send()
         if records is not None:
             entry = Entry(self.steps, options, records)
@@ -290,6 +298,8 @@ class Runs:
             if self._memory is not None:
                 self._memory[options].give_to(entry)
         self.last_options = options
+        if not options.watch:
+            self._unwatched = options
         self.steps += 1
         Runs._begun += 1
         self.last = Runs._begun

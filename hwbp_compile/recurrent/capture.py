@@ -50,7 +50,8 @@ def run_layers(
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)
     device, given = x.device.type, x.dtype
-    casts = _compat.autocasts(x.device) and given != torch.float64
+    # Dynamo of torch 2.11 traces no question whether a device knows automatic mixed precision at all.
+    casts = device != "meta" and torch.is_autocast_enabled(device) and given != torch.float64
     low = torch.get_autocast_dtype(device) if casts else None
     if low is not None:
         x, carry, weights = x.to(low), [c.to(low) for c in carry], [w.to(low) for w in weights]
