@@ -10,12 +10,10 @@ initialised.
 from __future__ import annotations
 
 import torch
-from measuring import Step, add_turns, alone, measure, parser, set_up, smallest_cosine
+from measuring import Step, add_turns, alone, decide_in_turns, measure, parser, set_up, smallest_cosine
 from recurrent import SETTINGS
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
-
-import hwbp_compile
 
 
 class LayerNormGRU(nn.Module):
@@ -75,9 +73,7 @@ def main() -> None:
             continue
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
-    if arguments.turns:
-        with alone(arguments.turns / "decisions"):  # what decides is known when this is compiled
-            hwbp_compile.explain(module, x)
+    decide_in_turns(arguments.turns, module, x)
     exact = [g.clone() for g in steps["loop, eager"]()]
     for step in steps.values():
         step()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwbp_compile import explain
 from hwbp_compile.report.closeness import closeness, with_direction
 
 _PATIENCE = 100
@@ -134,6 +135,13 @@ def alone(folder: Path | None, processes: int = 0) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def decide_in_turns(folder: Path | None, module: nn.Module, x: Tensor) -> None:
+    """Measure what ``apply="auto"`` goes by alone, of those with this folder, before a module is compiled."""
+    if folder is not None:
+        with alone(folder / "decisions"):
+            explain(module, x)
 
 
 def now(device: torch.device) -> float:

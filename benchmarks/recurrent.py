@@ -25,6 +25,7 @@ from measuring import (
     add_turns,
     alone,
     captured,
+    decide_in_turns,
     measure,
     parser,
     set_up,
@@ -34,8 +35,6 @@ from measuring import (
 )
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
-
-import hwbp_compile
 
 SHAPES = [(2048, 4, 16, 64), (1024, 8, 3, 64), (256, 8, 64, 128), (1024, 128, 3, 64)]
 """(T, B, I, H)"""
@@ -132,9 +131,7 @@ def main() -> None:
             steps["loop, eager"] = Step(module, loop, x, direction)
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
-        if arguments.turns:
-            with alone(arguments.turns / "decisions"):  # what decides is known when this is compiled
-                hwbp_compile.explain(module, x)
+        decide_in_turns(arguments.turns, module, x)
         exact = [g.clone() for g in steps["torch, eager"]()]
         cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
         with alone(arguments.turns, arguments.processes):

@@ -83,12 +83,12 @@ class AutoIterations:
         for entry in list(self._unread):
             if entry.is_here and (chains := entry.chains()):
                 # What a watched step recorded still counts when it comes after that of others.
-                keep = [
+                left = (
                     other
                     for other in self._unread
                     if other.number > entry.number or (other.options.watch and not entry.options.watch)
-                ]
-                self._unread = deque((other for other in keep if other is not entry), RECENT)
+                )
+                self._unread = deque(left, RECENT)
                 self._take(entry, chains)
 
     def awaited(self) -> list[Entry]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .. import _compat
@@ -44,8 +43,8 @@ def run_as_it_is(gm: GraphModule, layers: Sequence[Layer], keeps_records: bool) 
         return None
     for node in nodes:
         with gm.graph.inserting_before(node):
-            arguments = (*node.args[:4], torch.is_grad_enabled())
-            node.replace_all_uses_with(gm.graph.call_function(by_library, arguments))
+            training: dict[str, Any] = {"training": torch.is_grad_enabled()}
+            node.replace_all_uses_with(gm.graph.call_function(call_library, node.args[:4], training))
         gm.graph.erase_node(node)
     if keeps_records:
         gm.graph.erase_node(gm.graph.find_nodes(op="placeholder")[-1])
@@ -70,10 +69,3 @@ def _arranges(node: Node) -> bool:
     numbers = torch.SymInt, torch.SymFloat, torch.SymBool, int, float
     is_number = isinstance(node.meta.get("example_value"), numbers)
     return node.op in ("placeholder", "output") or node.target in _ARRANGE or is_number
-
-
-def by_library(
-    x: Tensor, carry: list[Tensor], weights: list[Tensor], kind: str, training: bool
-) -> list[Tensor]:
-    """A layer as torch has it. Arguments as of :func:`.layer.recurrent_layer`."""
-    return call_library(x, carry, weights, kind, training=training)
