@@ -1,7 +1,8 @@
 """Whether ``apply="auto"`` chooses well: its verdict on recurrent layers against what both choices take.
 
 For each shape a training step is measured in eager torch, exact and iterated, alternating in one process. The
-verdict is right if it names the faster of the two, or one that is at most 3 % slower.
+verdict is right if it names the faster of the two, or one that is at most 3 % slower. Of a cell of one's own,
+the GRU of custom_cell.py by torch's scan, eager torch is the loop.
 
     python benchmarks/decision.py --threads 1 --repeats 7
 """
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from custom_cell import LayerNormGRU
 from measuring import Step, add_turns, alone, measure, parser, set_up
 from torch import nn
 
 import hwbp_compile
-from hwbp_compile.recurrent.cost import forget
+from hwbp_compile.recurrent.measured import forget
 
 GRID = [
     # kind, T, B, I, H, k, group_size
@@ -46,7 +48,13 @@ GRID = [
     ("lstm", 128, 8, 64, 256, 1, 1),
     ("lstm", 64, 32, 512, 512, 1, 1),
     ("lstm", 64, 16, 300, 300, 2, 1),
+    ("cell", 1024, 8, 16, 64, 1, 1),
+    ("cell", 1024, 8, 16, 64, 2, 8),
+    ("cell", 2048, 1, 16, 64, 1, 8),
+    ("cell", 256, 32, 64, 128, 1, 1),
+    ("cell", 512, 64, 16, 64, 1, 8),
 ]
+KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "cell": LayerNormGRU}
 
 
 class Row:
@@ -56,11 +64,12 @@ class Row:
         torch.manual_seed(0)
         length, batch, inputs, hidden = sizes
         self.name = f"{kind:4} T {length:5} B {batch:4} I {inputs:4} H {hidden:5} k {k} group {group}"
-        self.module = (nn.GRU if kind == "gru" else nn.LSTM)(inputs, hidden).to(device)
+        self.module = KINDS[kind](inputs, hidden).to(device)
         self.x = torch.randn(length, batch, inputs, device=device)
         direction = torch.randn(length, batch, hidden, device=device)
         self.options: dict[str, Any] = {"iterations": k, "group_size": group}
-        self.steps = {"eager": Step(self.module, self.module, self.x, direction)}
+        eager = self.module.loop if kind == "cell" else self.module
+        self.steps = {"eager": Step(self.module, eager, self.x, direction)}
         for name, more in (("exact", {"iterations": "exact"}), ("iterated", {"apply": "always"})):
             options = {**self.options, **more}
             compiled = torch.compile(self.module, backend="highway", options=options, dynamic=False)

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from hwbp_compile import explain
 from hwbp_compile.recurrent import cost
 from hwbp_compile.recurrent.backward import Settings
-from hwbp_compile.recurrent.cost import Exact, Line, case_of, fastest_exact, iteration_seconds
+from hwbp_compile.recurrent.case import case_of
+from hwbp_compile.recurrent.cost import fastest_exact
+from hwbp_compile.recurrent.measured import Exact, Line, measure_kernels, measure_library, weights_of_module
+from hwbp_compile.recurrent.predicted import iteration_seconds
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, exact: float, iterated: float) -> None:
     """Seconds per step of an exact training step, and of an iterated backward pass."""
-    nothing = Line(0.0, 0.0)
-    monkeypatch.setattr(cost, "fastest_exact", lambda *_: Exact("kernels", nothing, Line(0.0, exact)))
-    monkeypatch.setattr(cost, "_forward_of_iteration", lambda *_: nothing)
-    monkeypatch.setattr(cost, "iteration_seconds", lambda case, settings, steps: iterated * steps)
+    monkeypatch.setattr(cost, "fastest_exact", lambda *_: Exact("kernels", Line(0.0, 0.0), Line(0.0, exact)))
+    monkeypatch.setattr(cost, "_iterated", lambda case, settings, steps: iterated * steps)
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
@@ -76,13 +77,13 @@ def test_measurements(key: str) -> None:
     carry = [torch.zeros(2, 8)] * (2 if key == "lstm" else 1)
     case, steps = case_of(key, [torch.randn(40, 2, 3)], carry, list(module.parameters()))
     assert steps == 40
-    for measured in (cost._measure_kernels(case), cost._measure_library(case), fastest_exact(case, 64)):
+    for measured in (measure_kernels(case, 64), measure_library(case, 64), fastest_exact(case, 64)):
         assert measured is not None
         assert measured.forward.at(100) > 0
         assert measured.backward.at(100) > 0
 
     def predicted(iterations: int, steps: int, group_size: int = 1) -> float:
-        return iteration_seconds(case, Settings(iterations, group_size=group_size), steps)
+        return iteration_seconds(case, Settings(iterations, group_size=group_size), steps, again=False)
 
     assert predicted(1, 100) < predicted(4, 100)
     assert predicted(50, 10) == predicted(10, 10), "more iterations than steps are not done"
@@ -118,10 +119,10 @@ def test_the_library_is_measured_with_weights_of_a_module(
     state = torch.get_rng_state()
     carry = [torch.zeros(2, more.get("proj_size", 5)), torch.zeros(2, 5)][: 2 if key == "lstm" else 1]
     case, _ = case_of(key, [torch.zeros(4, 2, 3)], carry, weights)
-    found = cost._weights_of_module(case)
+    found = weights_of_module(case)
     assert [w.shape for w in found] == [w.shape for w in weights]
     assert [w.requires_grad for w in found] == [False] + [True] * (len(weights) - 1)
     assert torch.equal(state, torch.get_rng_state())
-    measured = cost._measure_library(case)
+    measured = measure_library(case, 4)
     assert measured is not None
     assert measured.forward.at(10) > 0 < measured.backward.at(10)

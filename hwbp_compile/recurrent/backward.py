@@ -109,16 +109,28 @@ def cell_backward(
         more = [c.before for c in cotangents if c.before is not None]
         name = kernel(added)
         states = run(cell, replay, name, first, more, reverse=True)
-        keeps = kernel_program(name).keep
-        after = [x[1:] for x in states] if keeps else None
-        carry = [x[0] for x in states] if keeps else states
-    else:
-        w = iterated(settings.iterations)
-        after, carry = [component[:-1].flip(0) for component in w], [component[-1] for component in w]
+        with stage(GRADIENTS):
+            return gradients_after(cell, replay, name, states, wanted)
+    w = iterated(settings.iterations)
     with stage(GRADIENTS):
-        for node, cotangent in zip(cell.block.entry, after or (), strict=after is not None):
-            replay.give(node, Stacked(cotangent))
-        return _gradients(cell, replay, carry, wanted)
+        _give_cotangents(cell, replay, [component[:-1].flip(0) for component in w])
+        return _gradients(cell, replay, [component[-1] for component in w], wanted)
+
+
+def gradients_after(
+    cell: CellGraph, replay: CellReplay, kernel: str, states: Sequence[Tensor], wanted: Sequence[bool]
+) -> Gradients:
+    """The gradients that are left once an exact backward kernel has returned ``states``, by :func:`run`."""
+    if not kernel_program(kernel).keep:
+        return _gradients(cell, replay, [*states], wanted)
+    _give_cotangents(cell, replay, [x[1:] for x in states])
+    return _gradients(cell, replay, [x[0] for x in states], wanted)
+
+
+def _give_cotangents(cell: CellGraph, replay: CellReplay, after: Sequence[Tensor]) -> None:
+    """Of the state after each step, in the order of time."""
+    for node, cotangent in zip(cell.block.entry, after, strict=True):
+        replay.give(node, Stacked(cotangent))
 
 
 def run(

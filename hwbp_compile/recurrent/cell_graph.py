@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +69,11 @@ class CellGraph:
                 reached.add(node)
         return frozenset(reached)
 
-    def needed_for(self, results: Sequence[Node]) -> frozenset[Node]:
-        """These nodes and all that they are computed from."""
+    def needed_for(self, results: Sequence[Node], known: Set[Node] = frozenset()) -> frozenset[Node]:
+        """These nodes and all that they are computed from, back to what is known."""
         needed = set(results)
         for node in reversed(self.nodes):
-            if node in needed:
+            if node in needed and node not in known:
                 needed.update(node.all_input_nodes)
         return frozenset(needed)
 

@@ -25,6 +25,7 @@ from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
 from .own import own
 from .recurrence import kernel_name, kernel_program, why_no_kernel
+from .time_system import CellReplay
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +110,24 @@ def backward_pass(
     kernel: Callable[[Sequence[bool]], str],
 ) -> Gradients:
     """The gradients, from what :func:`forward_pass` returned; see :func:`.backward.cell_backward`."""
+    replay = replay_after(cell, inputs, states, weights, emitted)
+    return cell_backward(cell, replay, cotangents, settings, wanted, kernel)
+
+
+def replay_after(
+    cell: CellGraph,
+    inputs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    emitted: Mapping[Node, Tensor],
+) -> CellReplay:
+    """A cell that knows what a backward pass does, from what :func:`forward_pass` returned."""
     replay = replay_of(cell, inputs, weights)
     for node, x in zip(cell.carry, states, strict=True):
         replay.give(node, Stacked(x[:-1]))
     for node, x in emitted.items():
         replay.give(node, Stacked(x))
-    return cell_backward(cell, replay, cotangents, settings, wanted, kernel)
+    return replay
 
 
 def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:

@@ -1,0 +1,225 @@
+"""What exists of a recurrence is measured: our kernels and the library run some steps of the shapes at hand.
+
+Of our kernels' training step only the kernels are as they will be. What is around them will be compiled with
+the model, and runs one operator at a time here. Around the layers of torch.nn that is next to nothing but
+products, and measured it compares with the library. Around a cell of one's own each operator reads and writes
+all steps, and so where less is predicted for them, as it is for the iteration, that counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from .. import _compat
+from ..errors import CannotRewrite
+from ..rates import bandwidth, now
+from .backward import gradients_after, replay_of, run
+from .case import SMALL, Case
+from .cell_graph import CellGraph
+from .function import replay_after, understand
+from .library import call_library
+from .predicted import around_seconds
+from .recurrence import kernel_name, kernel_program
+
+_PATIENCE = 0.1
+"""Seconds after which a measurement is not repeated once more, and is not made with more steps."""
+_FEWEST, _MOST, _RUNS = 8, 2048, 5
+"""Steps of the first measurement and, at most, of the last; how often each is repeated."""
+
+Stages = Callable[[int], Iterator[None]]
+"""Runs a training step of a recurrence over so many time steps; stops where it begins and after each part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds as a function of the number of steps."""
+
+    fixed: float
+    per_step: float
+
+    def at(self, steps: int) -> float:
+        """Seconds for so many steps."""
+        return self.fixed + self.per_step * steps
+
+    def __add__(self, other: Line) -> Line:
+        return Line(self.fixed + other.fixed, self.per_step + other.per_step)
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Exact training of a layer: by whom, and what the two passes take."""
+
+    by: str
+    """``"kernels"`` or ``"library"``."""
+    forward: Line
+    backward: Line
+
+
+def measure_kernels(case: Case, steps: int) -> Exact | None:
+    """Our kernels, for about so many steps; None if there are none that can be the faster."""
+    return _kernels(case, _rounded(steps))
+
+
+def measure_library(case: Case, steps: int) -> Exact | None:
+    """The library, for about so many steps; None if it has no such layer."""
+    return _library(case, _rounded(steps))
+
+
+def forget() -> None:
+    """Measure recurrences anew from here on."""
+    _kernels.cache_clear()
+    _library.cache_clear()
+
+
+def _rounded(steps: int) -> int:
+    """The end of a range of steps for which one measurement is made."""
+    return min(1 << (max(steps, 2) - 1).bit_length(), _MOST)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernels(case: Case, most: int) -> Exact | None:
+    inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
+    try:
+        cell, only_loops = understand(case.key, inputs, carry, weights)
+    except CannotRewrite:
+        return None
+    if only_loops and hasattr(torch, case.key):
+        return None  # the library's are no slower
+    wanted = [needed for _, needed in (*case.inputs, *case.weights)]
+    name = functools.partial(kernel_name, case.key, cell, carry, inputs, weights)
+    first, then = name(emit=True), name(backward=[True] * len(carry), wanted=wanted)
+
+    def stages(steps: int) -> Iterator[None]:
+        x = [t.detach() for t in case.like(case.inputs, steps)]
+        h, w = ([t.detach() for t in group] for group in (carry, weights))
+        yield
+        replay = replay_of(cell, x, w)
+        _read(cell, replay, first)
+        yield
+        states = run(cell, replay, first, h, reverse=False)
+        yield
+        emitted = {n: replay.value(n).value for n in (cell.nodes[i] for i in kernel_program(first).emitted)}
+        replay = replay_after(cell, x, states, w, emitted)
+        _read(cell, replay, then)
+        yield
+        first_, more = [s[-1] for s in states], [s[:-1] for s in states]
+        found = run(cell, replay, then, first_, more, reverse=True)
+        yield
+        gradients_after(cell, replay, then, found, wanted)
+        yield
+
+    with torch.no_grad():
+        lengths, parts = _time(case, stages, most)
+    before, forward, between, backward, after = (_line(lengths, seconds) for seconds in parts)
+    sides = [before, between + after]
+    if not hasattr(torch, case.key):
+        around = _around(cell, first, then, wanted)
+        predicted = [_line(lengths, [around_seconds(nodes, case, n) for n in lengths]) for nodes in around]
+        sides = [min(pair, key=lambda line: line.at(most)) for pair in zip(sides, predicted, strict=True)]
+    lines = forward + sides[0], backward + sides[1]
+    # Not compiled, it takes the more time apart from the steps. Compiled, it packs the weights.
+    size = sum(math.prod(shape) for shape, _ in case.weights) * case.dtype.itemsize
+    packing = 4 * size / bandwidth(case.device, case.threads, size)
+    return Exact("kernels", *(Line(min(line.fixed, packing), line.per_step) for line in lines))
+
+
+def _read(cell: CellGraph, replay: Any, kernel: str) -> None:
+    """Compute what a kernel is given."""
+    program = kernel_program(kernel)
+    for i in (*program.read, *program.read_shared):
+        replay.value(cell.nodes[i])
+
+
+def _around(cell: CellGraph, first: str, then: str, wanted: Sequence[bool]) -> tuple[list[Node], list[Node]]:
+    """What no kernel computes, of the forward and of the backward pass."""
+    at = cell.nodes.__getitem__
+    forward, backward = kernel_program(first), kernel_program(then)
+    gradients = zip((*cell.of_inputs, *cell.of_weights), wanted, strict=True)
+    results = [n for n, use in gradients if use and n is not None]
+    known = {*map(at, (*forward.emitted, *backward.emitted, *backward.sums)), *cell.carry, *cell.block.entry}
+
+    def computed(needed: Sequence[Node], known: set[Node]) -> list[Node]:
+        nodes = cell.needed_for(needed, known) - known
+        return [n for n in cell.nodes if n in nodes and n.op == "call_function"]
+
+    return computed([*map(at, forward.read)], set()), computed([*map(at, backward.read), *results], known)
+
+
+@functools.lru_cache(maxsize=256)
+def _library(case: Case, most: int) -> Exact | None:
+    if not hasattr(torch, case.key):
+        return None
+
+    def stages(steps: int) -> Iterator[None]:
+        x, h, w = case.like(case.inputs, steps), case.like(case.carry), weights_of_module(case)
+        yield
+        y = call_library(x[0], h, w, case.key, training=True)[0]
+        yield
+        wanted = [t for t in (*x, *h, *w) if t.requires_grad]
+        if wanted:
+            torch.autograd.grad(y, wanted, y.detach(), allow_unused=True)
+        yield
+
+    with torch.enable_grad(), _compat.autograd_inside_an_operator():
+        lengths, parts = _time(case, stages, most)
+    return Exact("library", *(_line(lengths, seconds) for seconds in parts))
+
+
+def weights_of_module(case: Case) -> list[Tensor]:
+    """Weights in one piece of memory, as modules hold them: otherwise cuDNN copies them in each call."""
+    (gates, inputs), wanted = case.weights[0][0], [w for _, w in case.weights]
+    biased, projected = len(case.weights) > 3, len(case.weights) in (3, 5)
+    more: dict[str, Any] = {"proj_size": case.weights[-1][0][0]} if projected else {}
+    if case.key.startswith("rnn"):
+        more["nonlinearity"] = case.key.removeprefix("rnn_")
+    kind, number = {"gru": (nn.GRU, 3), "lstm": (nn.LSTM, 4)}.get(case.key, (nn.RNN, 1))
+    # Not initialised, which would draw random numbers.
+    module = kind(inputs, gates // number, bias=biased, device="meta", dtype=case.dtype, **more)
+    module.to_empty(device=case.device)
+    weights: list[Tensor] = list(module.parameters())
+    for weight, needed in zip(weights, wanted, strict=True):
+        weight.detach().fill_(SMALL)
+        weight.requires_grad_(needed)
+    return weights
+
+
+def _time(case: Case, stages: Stages, most: int) -> tuple[tuple[int, int], list[tuple[float, float]]]:
+    """Two numbers of steps, the larger one ``most`` if that does not take too long; each part's seconds."""
+    length = min(_FEWEST, most)
+    _once(case, stages, length)  # what a library does once, such as loading its kernels
+    while length < most and 4 * sum(_once(case, stages, length)) < _PATIENCE:
+        length = min(4 * length, most)
+    lengths = max(length // 4, 1), length
+    return lengths, list(zip(*(_best(case, stages, n) for n in lengths), strict=True))
+
+
+def _best(case: Case, stages: Stages, steps: int) -> list[float]:
+    """Seconds of each part, the least of some runs."""
+    runs, begun = [_once(case, stages, steps)], now(case.device)
+    while len(runs) < _RUNS and now(case.device) - begun < _PATIENCE:
+        runs.append(_once(case, stages, steps))
+    return [min(column) for column in zip(*runs, strict=True)]
+
+
+def _once(case: Case, stages: Stages, steps: int) -> list[float]:
+    clock = [now(case.device) for _ in stages(steps)]
+    return [b - a for a, b in pairwise(clock)]
+
+
+def _line(lengths: tuple[int, int], seconds: Sequence[float]) -> Line:
+    """Through two points."""
+    short, long = seconds
+    if lengths[0] == lengths[1]:
+        return Line(0.0, long / lengths[1])
+    # Something else may have run meanwhile: steps take at least half of the longer run.
+    slope = max((long - short) / (lengths[1] - lengths[0]), 0.5 * long / lengths[1])
+    return Line(max(short - slope * lengths[0], 0.0), slope)
