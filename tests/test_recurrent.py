@@ -548,6 +548,18 @@ def test_lengths_and_batches_that_change() -> None:
     assert sum(frames) == 1, frames
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("iterations", ["exact", 2])
+def test_gradients_of_wide_weights_lie_as_these_do(kind: str, iterations: int | str) -> None:
+    """Otherwise autograd copies them; narrow ones are summed on the way, or cheap to copy."""
+    module = layer(kind, 40, 160)
+    options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+    compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
+    y = compiled(torch.randn(4, 3, 40, dtype=torch.float64))[0]
+    gradients = torch.autograd.grad(y.sum(), list(module.parameters()))
+    assert all(g.is_contiguous() for g in gradients)
+
+
 @pytest.mark.parametrize("operator", ["recurrent_layer", "library_layer", "library_training"])
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_operator_checks(operator: str, kind: str) -> None:

@@ -74,20 +74,25 @@ class Replay(ABC, Generic[Key]):
         if key in self._totals:
             return self._totals[key]
         if not self.is_leaf(key):
+            if (found := self._product(*self._untransposed(key))) is not None:
+                return found
             name = op_name(self.node(key))
             operands = self.operands(key)
-            if _transposes(self.node(key)) and (found := self._product(operands[0], turned=True)) is not None:
-                return found
             if name in COMMUTE and not self.is_leaf(operands[0]):
                 return self._call(key, [self.total(operands[0]), *map(self.value, operands[1:])])
             if name == "aten::add" and len(operands) == 2 and not self.node(key).kwargs:
                 return self._call(key, [self.total(o) for o in operands])
-            if (found := self._product(key)) is not None:
-                return found
         value = self.value(key)
         return value.value.sum(0) if isinstance(value, Stacked) else value * self.members(key)
 
-    def _product(self, key: Key, turned: bool = False) -> Tensor | None:
+    def _untransposed(self, key: Key) -> tuple[Key, bool]:
+        """What a key is the transpose of, however often, and whether it is."""
+        turned = False
+        while not self.is_leaf(key) and key not in self._totals and _transposes(self.node(key)):
+            (key,), turned = self.operands(key), not turned
+        return key, turned
+
+    def _product(self, key: Key, turned: bool) -> Tensor | None:
         """The sum over the blocks of a matrix product, or its transpose: one product, contiguous if large."""
         if self.is_leaf(key) or key in self._totals:
             return None

@@ -9,7 +9,6 @@ all steps, and so where less is predicted for them, as it is for the iteration, 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +20,7 @@ from torch.fx import Node
 
 from .. import _compat
 from ..errors import CannotRewrite
-from ..rates import bandwidth, now
+from ..rates import now
 from .backward import gradients_after, replay_of, run
 from .case import SMALL, Case
 from .cell_graph import CellGraph
@@ -30,8 +29,8 @@ from .library import call_library
 from .predicted import around_seconds
 from .recurrence import kernel_name, kernel_program
 
-_PATIENCE = 0.1
-"""Seconds after which a measurement is not repeated once more, and is not made with more steps."""
+_PATIENCE, _LONGEST = 0.1, 0.2
+"""Seconds after which a measurement is not repeated once more, and that it may take."""
 _FEWEST, _MOST, _RUNS = 8, 2048, 5
 """Steps of the first measurement and, at most, of the last; how often each is repeated."""
 
@@ -125,11 +124,7 @@ def _kernels(case: Case, most: int) -> Exact | None:
         around = _around(cell, first, then, wanted)
         predicted = [_line(lengths, [around_seconds(nodes, case, n) for n in lengths]) for nodes in around]
         sides = [min(pair, key=lambda line: line.at(most)) for pair in zip(sides, predicted, strict=True)]
-    lines = forward + sides[0], backward + sides[1]
-    # Not compiled, it takes the more time apart from the steps. Compiled, it packs the weights.
-    size = sum(math.prod(shape) for shape, _ in case.weights) * case.dtype.itemsize
-    packing = 4 * size / bandwidth(case.device, case.threads, size)
-    return Exact("kernels", *(Line(min(line.fixed, packing), line.per_step) for line in lines))
+    return Exact("kernels", forward + sides[0], backward + sides[1])
 
 
 def _read(cell: CellGraph, replay: Any, kernel: str) -> None:
@@ -140,18 +135,20 @@ def _read(cell: CellGraph, replay: Any, kernel: str) -> None:
 
 
 def _around(cell: CellGraph, first: str, then: str, wanted: Sequence[bool]) -> tuple[list[Node], list[Node]]:
-    """What no kernel computes, of the forward and of the backward pass."""
+    """What no kernel computes, of the forward pass, and of the backward pass, which knows the former."""
     at = cell.nodes.__getitem__
     forward, backward = kernel_program(first), kernel_program(then)
     gradients = zip((*cell.of_inputs, *cell.of_weights), wanted, strict=True)
     results = [n for n, use in gradients if use and n is not None]
-    known = {*map(at, (*forward.emitted, *backward.emitted, *backward.sums)), *cell.carry, *cell.block.entry}
 
     def computed(needed: Sequence[Node], known: set[Node]) -> list[Node]:
         nodes = cell.needed_for(needed, known) - known
         return [n for n in cell.nodes if n in nodes and n.op == "call_function"]
 
-    return computed([*map(at, forward.read)], set()), computed([*map(at, backward.read), *results], known)
+    before = computed([*map(at, forward.read)], set())
+    known = {*before, *cell.carry, *cell.block.entry}
+    known.update(map(at, (*forward.emitted, *backward.emitted, *backward.sums)))
+    return before, computed([*map(at, backward.read), *results], known)
 
 
 @functools.lru_cache(maxsize=256)
@@ -196,7 +193,7 @@ def _time(case: Case, stages: Stages, most: int) -> tuple[tuple[int, int], list[
     """Two numbers of steps, the larger one ``most`` if that does not take too long; each part's seconds."""
     length = min(_FEWEST, most)
     _once(case, stages, length)  # what a library does once, such as loading its kernels
-    while length < most and 4 * sum(_once(case, stages, length)) < _PATIENCE:
+    while length < most and 4 * sum(_once(case, stages, length)) < _LONGEST:
         length = min(4 * length, most)
     lengths = max(length // 4, 1), length
     return lengths, list(zip(*(_best(case, stages, n) for n in lengths), strict=True))
