@@ -22,7 +22,7 @@ def _enough(threads: int) -> float:
 
     On several threads what is predicted is less certain, and in the mean too little.
     """
-    return 0.95 if threads == 1 else 0.85
+    return 0.95 if threads == 1 else 0.9
 
 
 def why_exact_is_faster(

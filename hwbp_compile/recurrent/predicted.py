@@ -40,8 +40,8 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
     """Predicted time of an iterated backward pass.
 
     Each iteration multiplies all rows of all steps by the block's matrices, reads what the block reads and
-    the state, and scans; in groups it does so one step of the groups after the other. The gradients of inputs
-    and weights take one more such pass, and the products for the weights.
+    the state, and scans; in groups it does so one step of the groups after the other. The first iterate is a
+    scan, and all that the gradients of inputs and weights need follows the last one.
 
     Args:
         case: the recurrence.
@@ -68,13 +68,12 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
         + _bytes(case, steps * (read + 6 * state)) / speed
         + operators * swept * operator_seconds(case.device, case.threads)
     )
-    besides = [
-        n for n in cell.nodes if n not in block and n.op == "call_function" and (again or n in gradients)
+    at_last = [
+        n for n in cell.nodes if n.op == "call_function" and (n in gradients or (again and n not in block))
     ]
     last = (
-        around_seconds(besides, case, steps)
-        + product(cell.block.nodes, steps=steps)
-        + _bytes(case, steps * (read + 2 * state)) / speed
+        around_seconds(at_last, case, steps)
+        + _bytes(case, 4 * steps * state) / speed
         + 3 * operators * operator_seconds(case.device, case.threads)
     )
     return iterations * one + last
