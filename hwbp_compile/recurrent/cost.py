@@ -16,13 +16,8 @@ from .predicted import iteration_seconds
 
 log = logging.getLogger(__name__)
 
-
-def _enough(threads: int) -> float:
-    """The share of the exact pass's time that an approximation may take at most.
-
-    On several threads what is predicted is less certain, and in the mean too little.
-    """
-    return 0.95 if threads == 1 else 0.9
+_ENOUGH = 0.95
+"""The share of the exact pass's time that an approximation may be expected to take at most."""
 
 
 def why_exact_is_faster(
@@ -56,7 +51,7 @@ def why_exact_is_faster(
         "%s, %s steps: exact %.2f ms (%s), iterated about %.2f ms",
         key, steps, taken * 1e3, exact.by, approximate * 1e3,
     )  # fmt: skip
-    if approximate < _enough(case.threads) * taken:
+    if approximate < _ENOUGH * taken:
         return ""
     times = f"{taken * 1e3:.3g} ms against about {approximate * 1e3:.3g} ms"
     return f'exact backpropagation is faster here: {times}; apply="always" iterates all the same'
