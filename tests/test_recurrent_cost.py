@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,16 +13,19 @@ from test_scans import Model, data
 from torch import Tensor, nn
 
 from hwbp_compile import explain
-from hwbp_compile.recurrent import cost
+from hwbp_compile.recurrent import cost, measured
 from hwbp_compile.recurrent.backward import Settings
 from hwbp_compile.recurrent.case import case_of
+from hwbp_compile.recurrent.cells import STEPS
 from hwbp_compile.recurrent.cost import fastest_exact
+from hwbp_compile.recurrent.function import understand
 from hwbp_compile.recurrent.measured import Exact, Line, measure_kernels, measure_library, weights_of_module
-from hwbp_compile.recurrent.predicted import iteration_seconds
+from hwbp_compile.recurrent.predicted import around, iteration_seconds
+from hwbp_compile.recurrent.recurrence import kernel_name, kernel_program
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, exact: float, iterated: float) -> None:
-    """Seconds per step of an exact training step, and of an iterated backward pass."""
+    """Seconds per step of an exact and of an iterated training step."""
     monkeypatch.setattr(cost, "fastest_exact", lambda *_: Exact("kernels", Line(0.0, 0.0), Line(0.0, exact)))
     monkeypatch.setattr(cost, "_iterated", lambda case, settings, steps: iterated * steps)
 
@@ -77,10 +81,10 @@ def test_measurements(key: str) -> None:
     carry = [torch.zeros(2, 8)] * (2 if key == "lstm" else 1)
     case, steps = case_of(key, [torch.randn(40, 2, 3)], carry, list(module.parameters()))
     assert steps == 40
-    for measured in (measure_kernels(case, 64), measure_library(case, 64), fastest_exact(case, 64)):
-        assert measured is not None
-        assert measured.forward.at(100) > 0
-        assert measured.backward.at(100) > 0
+    for found in (measure_kernels(case, 64), measure_library(case, 64), fastest_exact(case, 64)):
+        assert found is not None
+        assert found.forward.at(100) > 0
+        assert found.backward.at(100) > 0
 
     def predicted(iterations: int, steps: int, group_size: int = 1) -> float:
         return iteration_seconds(case, Settings(iterations, group_size=group_size), steps, again=False)
@@ -88,6 +92,64 @@ def test_measurements(key: str) -> None:
     assert predicted(1, 100) < predicted(4, 100)
     assert predicted(50, 10) == predicted(10, 10), "more iterations than steps are not done"
     assert predicted(100, 128, 8) == predicted(16, 128, 8)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_scans_are_measured(name: str) -> None:
+    """And no failure is taken for a reason to leave them exact."""
+    model = Model(CELLS[name])
+    x, *carry = data(model.cell, 30, 2)
+    (chain,) = explain(model, x, *carry, options={"iterations": 2}).chains
+    assert chain.applied or "exact backpropagation is faster here" in chain.reason
+
+
+def test_around_the_kernels_of_a_cell() -> None:
+    """Before them all steps' inputs are projected and normalised; after them this is done backward."""
+    cell_of = CELLS["layer norm gru"]
+    STEPS["tried"] = lambda carry, x, weights: cell_of.function(lambda y: y, carry, *x, *weights)
+    try:
+        carry, x = [torch.zeros(2, 6)], [torch.zeros(2, 3)]
+        weights = [torch.zeros(shape) for shape in cell_of.weights]
+        cell, _ = understand("tried", x, carry, weights)
+        wanted = [False] + [True] * len(weights)
+        first = kernel_name("tried", cell, carry, x, weights, emit=True)
+        then = kernel_name("tried", cell, carry, x, weights, backward=[True], wanted=wanted)
+        forward, backward = measured._around(cell, first, then, wanted)
+        case, _ = case_of("tried", [torch.zeros(9, 2, 3)], carry, weights)
+        assert around(forward, case, 9).at(9) > 0 <= around(backward, case, 9).at(9)
+    finally:
+        del STEPS["tried"]
+    of_state = cell.depending_on((*cell.carry, *cell.block.entry))
+    assert forward
+    assert not of_state.intersection(forward)
+    assert not set(forward).intersection(backward), "what the forward pass computes is known"
+    program = [cell.nodes[i] for name in (first, then) for i in kernel_program(name).emitted]
+    assert not set(backward).intersection(program)
+    assert cell.of_inputs[0] not in backward, "unwanted"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lengths", "most_in_all"),
+    [(1e-6, (512, 2048), 10**5), (1e-3, (8, 32), 300), (0.5, (1, 2), 3)],
+)
+def test_no_measurement_takes_long(
+    seconds: float, lengths: tuple[int, int], most_in_all: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps take so many seconds each, the first one of all a tenth of a second more."""
+    clock, ran = [0.0], [0]
+    monkeypatch.setattr(measured, "now", lambda _: clock[0])
+
+    def stages(steps: int) -> Iterator[None]:
+        for share in (0, 1, 2):
+            clock[0] += share * steps * seconds + (0.1 if share == 1 and not ran[0] else 0)
+            ran[0] += steps if share == 2 else 0
+            yield
+
+    case, _ = case_of("gru", [torch.zeros(9, 2, 2)], [torch.zeros(2, 3)], [])
+    found, parts = measured._time(case, stages, 2048)
+    assert found == lengths
+    assert parts == [pytest.approx([share * n * seconds for n in lengths], rel=0.11) for share in (1, 2)]
+    assert ran[0] <= most_in_all
 
 
 def test_nothing_random_and_no_setting_is_touched() -> None:
@@ -123,6 +185,6 @@ def test_the_library_is_measured_with_weights_of_a_module(
     assert [w.shape for w in found] == [w.shape for w in weights]
     assert [w.requires_grad for w in found] == [False] + [True] * (len(weights) - 1)
     assert torch.equal(state, torch.get_rng_state())
-    measured = measure_library(case, 4)
-    assert measured is not None
-    assert measured.forward.at(10) > 0 < measured.backward.at(10)
+    timed = measure_library(case, 4)
+    assert timed is not None
+    assert timed.forward.at(10) > 0 < timed.backward.at(10)

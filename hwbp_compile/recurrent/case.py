@@ -1,4 +1,4 @@
-"""A recurrence as its cost depends on it: shapes, and what wants a gradient."""
+"""A recurrence as its cost depends on it, shapes and what wants a gradient; what it costs for any time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,24 @@ from .. import _compat
 from ..ranges import Sizes
 
 AS_TRACED: Sizes = {}
+"""Where sizes have no other values than those with which a graph was traced."""
 SMALL = 0.01
 """What all tensors are filled with while something is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds as a function of the number of steps."""
+
+    fixed: float
+    per_step: float
+
+    def at(self, steps: int) -> float:
+        """Seconds for so many steps."""
+        return self.fixed + self.per_step * steps
+
+    def __add__(self, other: Line) -> Line:
+        return Line(self.fixed + other.fixed, self.per_step + other.per_step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Of our kernels' training step only the kernels are as they will be. What is around them will be compiled with
 the model, and runs one operator at a time here. Around the layers of torch.nn that is next to nothing but
 products, and measured it compares with the library. Around a cell of one's own each operator reads and writes
-all steps, and so where less is predicted for them, as it is for the iteration, that counts.
+all steps, and on a GPU each is launched by itself. So where less is predicted for them, as it is for the
+iteration, that counts.
 """
 
 from __future__ import annotations
@@ -22,35 +23,21 @@ from .. import _compat
 from ..errors import CannotRewrite
 from ..rates import now
 from .backward import gradients_after, replay_of, run
-from .case import SMALL, Case
+from .case import SMALL, Case, Line
 from .cell_graph import CellGraph
 from .function import replay_after, understand
 from .library import call_library
-from .predicted import around_seconds
+from .predicted import around
 from .recurrence import kernel_name, kernel_program
+from .time_system import CellReplay
 
 _PATIENCE, _LONGEST = 0.1, 0.2
 """Seconds after which a measurement is not repeated once more, and that it may take."""
-_FEWEST, _MOST, _RUNS = 8, 2048, 5
+_FEWEST, _MOST, _RUNS = 2, 2048, 5
 """Steps of the first measurement and, at most, of the last; how often each is repeated."""
 
 Stages = Callable[[int], Iterator[None]]
 """Runs a training step of a recurrence over so many time steps; stops where it begins and after each part."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Seconds as a function of the number of steps."""
-
-    fixed: float
-    per_step: float
-
-    def at(self, steps: int) -> float:
-        """Seconds for so many steps."""
-        return self.fixed + self.per_step * steps
-
-    def __add__(self, other: Line) -> Line:
-        return Line(self.fixed + other.fixed, self.per_step + other.per_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +97,8 @@ def _kernels(case: Case, most: int) -> Exact | None:
         replay = replay_after(cell, x, states, w, emitted)
         _read(cell, replay, then)
         yield
-        first_, more = [s[-1] for s in states], [s[:-1] for s in states]
-        found = run(cell, replay, then, first_, more, reverse=True)
+        last, more = [s[-1] for s in states], [s[:-1] for s in states]
+        found = run(cell, replay, then, last, more, reverse=True)
         yield
         gradients_after(cell, replay, then, found, wanted)
         yield
@@ -120,14 +107,13 @@ def _kernels(case: Case, most: int) -> Exact | None:
         lengths, parts = _time(case, stages, most)
     before, forward, between, backward, after = (_line(lengths, seconds) for seconds in parts)
     sides = [before, between + after]
-    if not hasattr(torch, case.key):
-        around = _around(cell, first, then, wanted)
-        predicted = [_line(lengths, [around_seconds(nodes, case, n) for n in lengths]) for nodes in around]
+    if case.device.type != "cpu" or not hasattr(torch, case.key):
+        predicted = [around(nodes, case, most) for nodes in _around(cell, first, then, wanted)]
         sides = [min(pair, key=lambda line: line.at(most)) for pair in zip(sides, predicted, strict=True)]
     return Exact("kernels", forward + sides[0], backward + sides[1])
 
 
-def _read(cell: CellGraph, replay: Any, kernel: str) -> None:
+def _read(cell: CellGraph, replay: CellReplay, kernel: str) -> None:
     """Compute what a kernel is given."""
     program = kernel_program(kernel)
     for i in (*program.read, *program.read_shared):
@@ -192,18 +178,25 @@ def weights_of_module(case: Case) -> list[Tensor]:
 def _time(case: Case, stages: Stages, most: int) -> tuple[tuple[int, int], list[tuple[float, float]]]:
     """Two numbers of steps, the larger one ``most`` if that does not take too long; each part's seconds."""
     length = min(_FEWEST, most)
-    _once(case, stages, length)  # what a library does once, such as loading its kernels
-    while length < most and 4 * sum(_once(case, stages, length)) < _LONGEST:
+    while True:
+        # The first run may load kernels, or get its memory from the system.
+        runs = [_once(case, stages, length)]
+        if sum(runs[0]) < _LONGEST:
+            runs.append(_once(case, stages, length))
+        if length == most or 4 * min(map(sum, runs)) > _LONGEST:
+            break
         length = min(4 * length, most)
     lengths = max(length // 4, 1), length
-    return lengths, list(zip(*(_best(case, stages, n) for n in lengths), strict=True))
+    best = _best(case, stages, lengths[0], []), _best(case, stages, lengths[1], runs)
+    return lengths, list(zip(*best, strict=True))
 
 
-def _best(case: Case, stages: Stages, steps: int) -> list[float]:
-    """Seconds of each part, the least of some runs."""
-    runs, begun = [_once(case, stages, steps)], now(case.device)
-    while len(runs) < _RUNS and now(case.device) - begun < _PATIENCE:
+def _best(case: Case, stages: Stages, steps: int, runs: Sequence[list[float]]) -> list[float]:
+    """Seconds of each part, the least of some runs, of which there may be some already."""
+    runs, spent = [*runs], sum(map(sum, runs))
+    while not runs or (len(runs) < _RUNS and spent < _PATIENCE):
         runs.append(_once(case, stages, steps))
+        spent += sum(runs[-1])
     return [min(column) for column in zip(*runs, strict=True)]
 
 
@@ -215,8 +208,6 @@ def _once(case: Case, stages: Stages, steps: int) -> list[float]:
 def _line(lengths: tuple[int, int], seconds: Sequence[float]) -> Line:
     """Through two points."""
     short, long = seconds
-    if lengths[0] == lengths[1]:
-        return Line(0.0, long / lengths[1])
     # Something else may have run meanwhile: steps take at least half of the longer run.
     slope = max((long - short) / (lengths[1] - lengths[0]), 0.5 * long / lengths[1])
     return Line(max(short - slope * lengths[0], 0.0), slope)

@@ -14,26 +14,37 @@ from ..passes.program import externals_of
 from ..passes.work import work_of
 from ..rates import bandwidth, operator_seconds, product_rate
 from .backward import Settings
-from .case import Case
+from .case import Case, Line
 from .cell_graph import trace_cell
 from .cells import STEPS
 
-
-def around_seconds(nodes: Sequence[Node], case: Case, steps: int) -> float:
-    """Predicted time of nodes of a cell's graph, compiled, for all steps at once."""
-    work = work_of(nodes)
-    moved = work.bytes.value * steps
-    calls = 2 * (work.kernels + len(work.products)) * operator_seconds(case.device, case.threads)
-    return (
-        _products_seconds(nodes, case, steps)
-        + (moved / bandwidth(case.device, case.threads, _bytes(case, _widest(nodes) * steps)) if moved else 0)
-        + calls
-    )
+_CALLS = 2
+"""A call of a kernel or a product from generated code, in calls of a small operator."""
 
 
-def _widest(nodes: Sequence[Node]) -> int:
-    """Elements of the largest value."""
-    return max(map(_numel, nodes), default=0)
+def around(nodes: Sequence[Node], case: Case, steps: int) -> Line:
+    """Predicted time of nodes of a cell's graph, compiled, for all steps at once.
+
+    Args:
+        nodes: some of the graph's. What has no row of the batch, as the sum over all rows that a weight's
+            gradient is, is not counted for each step.
+        case: the recurrence.
+        steps: for so many of them rates are measured.
+    """
+    rows = [n for n in nodes if _has_rows(n, case)]
+    work = work_of(rows)
+    total = _products_seconds(nodes, case, steps)
+    if moved := work.bytes.value * steps:
+        widest = max(map(_numel, rows)) * steps
+        total += moved / bandwidth(case.device, case.threads, _power_of_two(_bytes(case, widest)))
+    calls = _CALLS * (work.kernels + len(work_of(nodes).products))
+    return Line(calls * operator_seconds(case.device, case.threads), total / steps)
+
+
+def _has_rows(node: Node, case: Case) -> bool:
+    value = node.meta["val"]
+    batch = case.carry[0][0][:1]
+    return isinstance(value, Tensor) and (tuple(value.shape[:1]) == batch or not batch)
 
 
 def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool) -> float:
@@ -52,10 +63,11 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
     cell = trace_cell(STEPS[case.key], carry, inputs, weights)
     found = zip((*cell.of_inputs, *cell.of_weights), (*case.inputs, *case.weights), strict=True)
-    block = set(cell.block.nodes)
-    gradients = cell.depending_on(cell.block.entry) & cell.needed_for(
-        [node for node, (_, wanted) in found if wanted and node is not None]
-    )
+    results = [node for node, (_, wanted) in found if wanted and node is not None]
+    backward = cell.depending_on(cell.block.entry)
+    following = backward & cell.needed_for(results)
+    if again:
+        following |= cell.needed_for([*results, *externals_of(cell.block)]) - backward
     swept = max(1, min(settings.group_size, steps))
     iterations = min(settings.iterations, math.ceil(steps / swept))
     product = functools.partial(_products_seconds, case=case)
@@ -68,11 +80,8 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
         + _bytes(case, steps * (read + 6 * state)) / speed
         + operators * swept * operator_seconds(case.device, case.threads)
     )
-    at_last = [
-        n for n in cell.nodes if n.op == "call_function" and (n in gradients or (again and n not in block))
-    ]
     last = (
-        around_seconds(at_last, case, steps)
+        around([n for n in cell.nodes if n in following and n.op == "call_function"], case, steps).at(steps)
         + _bytes(case, 4 * steps * state) / speed
         + 3 * operators * operator_seconds(case.device, case.threads)
     )
@@ -88,16 +97,21 @@ def _bytes(case: Case, elements: int) -> int:
     return elements * case.dtype.itemsize
 
 
+def _power_of_two(value: int) -> int:
+    """The next one, so that few things are measured."""
+    return 1 << (max(value, 1) - 1).bit_length()
+
+
 def _products_seconds(nodes: Sequence[Node], case: Case, steps: int) -> float:
     """Of all products among the nodes, each for all steps at once."""
-    total = 0.0
-    for node in nodes:
-        if node.op == "call_function" and op_name(node) in MATRIX_PRODUCTS:
-            a, b = (n for n in node.all_input_nodes[-2:])
-            many = math.prod(a.meta["val"].shape[:-2])
-            (rows, inner), columns = a.meta["val"].shape[-2:], b.meta["val"].shape[-1]
-            flops = 2 * many * rows * inner * columns * steps
-            batch = case.carry[0][0][0]
-            sizes = (rows * steps, inner, columns) if rows == batch else (rows, inner * steps, columns)
+    total, batch = 0.0, case.carry[0][0][:1]
+    for product in work_of(nodes).products:
+        flops = product.flops.value * steps
+        if product.sizes:
+            _, rows, inner, columns = (n.value for n in product.sizes)
+            sizes = (rows * steps, inner, columns) if (rows,) == batch else (rows, inner * steps, columns)
+        else:  # of a convolution, say, only this is known
+            sizes = (_power_of_two(round((flops / 2) ** (1 / 3))),) * 3
+        if flops:
             total += flops / product_rate(*sizes, case.dtype, case.device, case.threads)
     return total
