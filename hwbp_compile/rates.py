@@ -6,6 +6,7 @@ Whatever is changed in this file, all rates are measured anew.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -85,7 +86,8 @@ def bandwidth(device: torch.device, threads: int, size: int, fresh: bool = True)
     n = max(min(size, 1 << 25) // 4, 1 << 12)
     a = torch.full((n,), 0.01, device=device)
     if fresh:
-        return _per_second(4 * 3 * 4 * n, best(lambda: [a + a for _ in range(4)], device))
+        # Once in a while there is memory at hand, which says nothing of the other times.
+        return _per_second(4 * 3 * 4 * n, best(lambda: [a + a for _ in range(4)], device, usual=True))
     out = [torch.empty_like(a) for _ in range(4)]
     return _per_second(4 * 3 * 4 * n, best(lambda: [torch.add(a, a, out=each) for each in out], device))
 
@@ -107,19 +109,19 @@ def _per_second(amount: int, time: Found) -> Found:
     return Found(amount / time.value, time.certain)
 
 
-def best(run: Callable[[], object], device: torch.device) -> Found:
-    """Seconds of the fastest of some runs: at least four, more if they are short.
+def best(run: Callable[[], object], device: torch.device, *, usual: bool = False) -> Found:
+    """Seconds of the fastest of some runs, or of a usual one: at least four, more if they are short.
 
     Where the threads of an operator wait for each other, and one of them for another program, a small one
     takes a thousand times as long. Such runs do not count, as long as there is patience. Where there are any,
     one thread measures too, which waits for nobody.
     """
-    seconds, certain, quiet = _fastest(run, device)
+    seconds, certain, quiet = _fastest(run, device, usual)
     threads = torch.get_num_threads()
     if not quiet and threads > 1 and device.type == "cpu":
         torch.set_num_threads(1)
         try:
-            alone, _, _ = _fastest(run, device)
+            alone, _, _ = _fastest(run, device, usual)
         finally:
             torch.set_num_threads(threads)
         if alone < seconds:
@@ -127,24 +129,29 @@ def best(run: Callable[[], object], device: torch.device) -> Found:
     return Found(max(seconds, 1e-9), certain)
 
 
-def _fastest(run: Callable[[], object], device: torch.device) -> tuple[float, bool, bool]:
-    """Seconds of the fastest run, whether an undisturbed one took hardly longer, and whether all were so."""
-    found, clean, spent, runs, quiet = math.inf, math.inf, 0.0, 0, True
+def _fastest(run: Callable[[], object], device: torch.device, usual: bool) -> tuple[float, bool, bool]:
+    """Seconds of the fastest or a usual run, whether an undisturbed one was as fast, whether all were so."""
+    all_: list[float] = []
+    clean: list[float] = []
+    spent, quiet = 0.0, True
     begun = now(device)
     with torch.no_grad():
-        while runs < 4 or (spent < _LONG_ENOUGH and runs < 100):
+        while len(clean) < 4 or (spent < _LONG_ENOUGH and len(clean) < 100):
             before = _interruptions()
             start = now(device)
             run()
             end = now(device)
-            found = min(found, end - start)
+            all_.append(end - start)
             if _interruptions() - before <= (end - start) // _SLICE:
-                clean, spent, runs = min(clean, end - start), spent + end - start, runs + 1
+                clean.append(end - start)
+                spent += end - start
                 continue
             quiet = False
             if end - begun > _PATIENCE:
                 break
-    return found, clean <= 1.1 * found, quiet
+    if usual:
+        return statistics.median(clean or all_), len(clean) > 1, quiet
+    return min(all_), min(clean, default=math.inf) <= 1.1 * min(all_), quiet
 
 
 def _interruptions() -> int:

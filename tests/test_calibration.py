@@ -73,7 +73,7 @@ def test_real_rates_are_the_same_in_the_next_process(cache: Path, monkeypatch: p
     first = found()
     assert all(value > 0 for value in first)
     begin()
-    monkeypatch.setattr(rates, "best", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(rates, "best", lambda *_, **__: pytest.fail("measured again"))
     assert found() == first
 
 
@@ -208,7 +208,7 @@ def test_products_in_turn_are_of_different_tensors(cache: Path, monkeypatch: pyt
     """As many as asked for, or as there is room for; the rate is that of all of them."""
     made: list[int] = []
 
-    def best(run: Any, device: torch.device) -> Found:
+    def best(run: Any, device: torch.device, **_: Any) -> Found:
         made.append(len({x.data_ptr() for x in run()}))
         return Found(float(made[-1]))
 
@@ -223,7 +223,7 @@ def test_products_in_turn_are_of_different_tensors(cache: Path, monkeypatch: pyt
 def test_calibrate(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in use is measured again, with what many models need, and known from then on."""
     seconds = iter(range(1, 1000))
-    monkeypatch.setattr(rates, "best", lambda *_: Found(float(next(seconds))))
+    monkeypatch.setattr(rates, "best", lambda *_, **__: Found(float(next(seconds))))
     odd = product_rate(3, 5, 7, torch.float64, CPU, 1)
     elsewhere = product_rate(3, 5, 7, torch.float64, CPU, 2)
     assert main(["calibrate", "--threads", "1", "--json"]) == 0
@@ -268,3 +268,11 @@ def test_two_processes_decide_by_the_same_rates(tmp_path: Path) -> None:
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
     assert run() == run()
+
+
+def test_a_usual_run_is_no_lucky_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is new to a process is at times at hand."""
+    clock = iter([0.0, *(t for i in range(1, 200) for t in (i, i + (0.001 if i == 2 else 0.01)))])
+    monkeypatch.setattr(rates, "now", lambda _: next(clock))
+    monkeypatch.setattr(rates, "_interruptions", lambda: 0)
+    assert rates.best(lambda: None, CPU, usual=True).value == pytest.approx(0.01)

@@ -20,6 +20,11 @@ from .cells import STEPS
 
 _CALLS = 2
 """A call of a kernel or a product from generated code, in calls of a small operator."""
+_NEW = 1 << 25
+"""Bytes of a tensor that is in no cache, and on a CPU in memory that the process has just been given.
+
+At the rates of smaller ones too little is predicted: all of them together fill the caches.
+"""
 
 
 def around(nodes: Sequence[Node], case: Case, steps: int) -> Line:
@@ -31,12 +36,10 @@ def around(nodes: Sequence[Node], case: Case, steps: int) -> Line:
         case: the recurrence.
         steps: for so many of them rates are measured.
     """
-    rows = [n for n in nodes if _has_rows(n, case)]
-    work = work_of(rows)
+    work = work_of([n for n in nodes if _has_rows(n, case)])
     total = _products_seconds(nodes, case, steps)
     if moved := work.bytes.value * steps:
-        widest = max(map(_numel, rows)) * steps
-        total += moved / bandwidth(case.device, case.threads, _power_of_two(_bytes(case, widest)))
+        total += moved / bandwidth(case.device, case.threads, _NEW)
     calls = _CALLS * (work.kernels + len(work_of(nodes).products))
     return Line(calls * operator_seconds(case.device, case.threads), total / steps)
 
@@ -73,7 +76,7 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
     product = functools.partial(_products_seconds, case=case)
     state = sum(x.numel() for x in carry)
     read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
-    speed = bandwidth(case.device, case.threads, _bytes(case, steps * state))
+    speed = bandwidth(case.device, case.threads, _power_of_two(_bytes(case, steps * state)), fresh=False)
     operators = 6 + 2 * sum(op_name(n) in MATRIX_PRODUCTS for n in cell.block.nodes)
     one = (
         product(cell.block.nodes, steps=math.ceil(steps / swept)) * swept
