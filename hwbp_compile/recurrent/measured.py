@@ -3,8 +3,8 @@
 Of our kernels' training step only the kernels are as they will be. What is around them will be compiled with
 the model, and runs one operator at a time here. Around the layers of torch.nn that is next to nothing but
 products, and measured it compares with the library. Around a cell of one's own each operator reads and writes
-all steps, and on a GPU each is launched by itself. So where less is predicted for them, as it is for the
-iteration, that counts.
+all steps; on a GPU, for layers too, each is launched by itself. So where less is predicted for them, as it is
+for the iteration, that counts.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _kernels(case: Case, most: int) -> Exact | None:
     before, forward, between, backward, after = (_line(lengths, seconds) for seconds in parts)
     sides = [before, between + after]
     if case.device.type != "cpu" or not hasattr(torch, case.key):
-        predicted = [around(nodes, case, most) for nodes in _around(cell, first, then, wanted)]
+        predicted = [around(cell, nodes, case, most) for nodes in _around(cell, first, then, wanted)]
         sides = [min(pair, key=lambda line: line.at(most)) for pair in zip(sides, predicted, strict=True)]
     return Exact("kernels", forward + sides[0], backward + sides[1])
 
@@ -177,9 +177,10 @@ def weights_of_module(case: Case) -> list[Tensor]:
 
 def _time(case: Case, stages: Stages, most: int) -> tuple[tuple[int, int], list[tuple[float, float]]]:
     """Two numbers of steps, the larger one ``most`` if that does not take too long; each part's seconds."""
+    _once(case, stages, 1)  # what a library does once, such as loading its kernels
     length = min(_FEWEST, most)
     while True:
-        # The first run may load kernels, or get its memory from the system.
+        # The first run may get its memory from the system.
         runs = [_once(case, stages, length)]
         if sum(runs[0]) < _LONGEST:
             runs.append(_once(case, stages, length))

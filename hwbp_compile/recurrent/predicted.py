@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from torch import Tensor
 from torch.fx import Node
 
 from ..passes.linear_ops import MATRIX_PRODUCTS, op_name
 from ..passes.program import externals_of
+from ..passes.replay import COMMUTE
 from ..passes.work import work_of
 from ..rates import bandwidth, operator_seconds, product_rate
 from .backward import Settings
 from .case import Case, Line
-from .cell_graph import trace_cell
+from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
 
 _CALLS = 2
@@ -23,31 +23,40 @@ _CALLS = 2
 _NEW = 1 << 25
 """Bytes of a tensor that is in no cache, and on a CPU in memory that the process has just been given.
 
-At the rates of smaller ones too little is predicted: all of them together fill the caches.
+Its rate is taken for all that moves. At rates of as many bytes as do move, more choices were wrong, by more:
+what other tensors of a step leave of the caches and of malloc's memory is not known.
 """
 
 
-def around(nodes: Sequence[Node], case: Case, steps: int) -> Line:
+def around(cell: CellGraph, nodes: Sequence[Node], case: Case, steps: int) -> Line:
     """Predicted time of nodes of a cell's graph, compiled, for all steps at once.
 
     Args:
-        nodes: some of the graph's. What has no row of the batch, as the sum over all rows that a weight's
-            gradient is, is not counted for each step.
+        cell: whose they are.
+        nodes: some of its nodes.
         case: the recurrence.
         steps: for so many of them rates are measured.
     """
-    work = work_of([n for n in nodes if _has_rows(n, case)])
-    total = _products_seconds(nodes, case, steps)
+    once = _summed_over_steps(cell)
+    work = work_of([n for n in nodes if n not in once])
+    total, products = _products_seconds(nodes, once, case, steps)
     if moved := work.bytes.value * steps:
         total += moved / bandwidth(case.device, case.threads, _NEW)
-    calls = _CALLS * (work.kernels + len(work_of(nodes).products))
+    calls = _CALLS * (work.kernels + products)
     return Line(calls * operator_seconds(case.device, case.threads), total / steps)
 
 
-def _has_rows(node: Node, case: Case) -> bool:
-    value = node.meta["val"]
-    batch = case.carry[0][0][:1]
-    return isinstance(value, Tensor) and (tuple(value.shape[:1]) == batch or not batch)
+def _summed_over_steps(cell: CellGraph) -> set[Node]:
+    """The gradients of weights, back to the product or sum that each is made by: one for all steps."""
+    found: set[Node] = set()
+    stack = [n for n in cell.of_weights if n is not None]
+    while stack:
+        node = stack.pop()
+        if node not in found and node.op == "call_function":
+            found.add(node)
+            if op_name(node) in COMMUTE or op_name(node) == "aten::add":
+                stack.extend(node.all_input_nodes)
+    return found
 
 
 def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool) -> float:
@@ -73,18 +82,21 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
         following |= cell.needed_for([*results, *externals_of(cell.block)]) - backward
     swept = max(1, min(settings.group_size, steps))
     iterations = min(settings.iterations, math.ceil(steps / swept))
-    product = functools.partial(_products_seconds, case=case)
+    in_parallel = math.ceil(steps / swept)
     state = sum(x.numel() for x in carry)
     read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
-    speed = bandwidth(case.device, case.threads, _power_of_two(_bytes(case, steps * state)), fresh=False)
+    speed = bandwidth(
+        case.device, case.threads, min(_power_of_two(_bytes(case, steps * state)), _NEW), fresh=False
+    )
     operators = 6 + 2 * sum(op_name(n) in MATRIX_PRODUCTS for n in cell.block.nodes)
     one = (
-        product(cell.block.nodes, steps=math.ceil(steps / swept)) * swept
+        _products_seconds(cell.block.nodes, frozenset(), case, in_parallel)[0] * swept
         + _bytes(case, steps * (read + 6 * state)) / speed
         + operators * swept * operator_seconds(case.device, case.threads)
     )
+    last_nodes = [n for n in cell.nodes if n in following and n.op == "call_function"]
     last = (
-        around([n for n in cell.nodes if n in following and n.op == "call_function"], case, steps).at(steps)
+        around(cell, last_nodes, case, steps).at(steps)
         + _bytes(case, 4 * steps * state) / speed
         + 3 * operators * operator_seconds(case.device, case.threads)
     )
@@ -105,16 +117,20 @@ def _power_of_two(value: int) -> int:
     return 1 << (max(value, 1) - 1).bit_length()
 
 
-def _products_seconds(nodes: Sequence[Node], case: Case, steps: int) -> float:
-    """Of all products among the nodes, each for all steps at once."""
-    total, batch = 0.0, case.carry[0][0][:1]
-    for product in work_of(nodes).products:
-        flops = product.flops.value * steps
-        if product.sizes:
-            _, rows, inner, columns = (n.value for n in product.sizes)
-            sizes = (rows * steps, inner, columns) if (rows,) == batch else (rows, inner * steps, columns)
-        else:  # of a convolution, say, only this is known
-            sizes = (_power_of_two(round((flops / 2) ** (1 / 3))),) * 3
-        if flops:
-            total += flops / product_rate(*sizes, case.dtype, case.device, case.threads)
-    return total
+def _products_seconds(nodes: Sequence[Node], once: Set[Node], case: Case, steps: int) -> tuple[float, int]:
+    """Of all products among the nodes, each for all steps at once, and how many there are.
+
+    Those in ``once`` sum over the steps; the others have so many times the rows.
+    """
+    total, count = 0.0, 0
+    for node in nodes:
+        for product in work_of([node]).products:
+            flops, count = product.flops.value * steps, count + 1
+            if product.sizes:
+                _, rows, inner, columns = (n.value for n in product.sizes)
+                sizes = (rows, inner * steps, columns) if node in once else (rows * steps, inner, columns)
+            else:  # of a convolution, say, only this is known
+                sizes = (_power_of_two(round((flops / 2) ** (1 / 3))),) * 3
+            if flops:
+                total += flops / product_rate(*sizes, case.dtype, case.device, case.threads)
+    return total, count
