@@ -31,7 +31,7 @@ _SLICE = 5e-2
 """One interruption in so many seconds does not count as a disturbance."""
 
 
-def budget(device: torch.device) -> float:
+def _budget(device: torch.device) -> float:
     """Floating-point operations of one measurement."""
     return _BUDGET if device.type == "cpu" else 100 * _BUDGET
 
@@ -54,7 +54,7 @@ def product_rate(
         turns: so many products of these sizes follow one another, each of other tensors. Where these are more
             than a cache holds, they have to come from memory.
     """
-    share = min(1.0, budget(device) / (2 * batch * rows * inner * columns))
+    share = min(1.0, _budget(device) / (2 * batch * rows * inner * columns))
     if batch > 1:
         batch = max(int(batch * share), 1)
     elif rows > inner:

@@ -16,11 +16,11 @@ from hwbp_compile import explain
 from hwbp_compile.passes.linear_ops import op_name
 from hwbp_compile.recurrent import cost, measured
 from hwbp_compile.recurrent.backward import Settings
-from hwbp_compile.recurrent.case import Case, case_of
+from hwbp_compile.recurrent.case import Case, Line, case_of
 from hwbp_compile.recurrent.cells import STEPS
 from hwbp_compile.recurrent.cost import fastest_exact
 from hwbp_compile.recurrent.function import understand
-from hwbp_compile.recurrent.measured import Exact, Line, measure_kernels, measure_library, weights_of_module
+from hwbp_compile.recurrent.measured import Exact, measure_kernels, measure_library, weights_of_module
 from hwbp_compile.recurrent.predicted import _summed_over_steps, around, iteration_seconds
 from hwbp_compile.recurrent.recurrence import kernel_name, kernel_program
 

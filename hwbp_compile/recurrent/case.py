@@ -52,6 +52,16 @@ class Case:
         return any(wanted for group in (self.inputs, self.carry, self.weights) for _, wanted in group)
 
     @property
+    def wanted(self) -> list[bool]:
+        """Whether a gradient is, per input and weight."""
+        return [wanted for _, wanted in (*self.inputs, *self.weights)]
+
+    @property
+    def in_library(self) -> bool:
+        """Whether it is a layer of torch's, not a cell of one's own."""
+        return hasattr(torch, self.key)
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to compute, such as no sample."""
         return any(0 in shape for shape, _ in self.carry)

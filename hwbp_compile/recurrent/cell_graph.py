@@ -61,6 +61,15 @@ class CellGraph:
         """The nodes whose values differ between the steps, apart from what depends on a cotangent."""
         return self.depending_on((*self.carry, *self.inputs))
 
+    def operators(self, among: Set[Node]) -> list[Node]:
+        """Those of these nodes that compute something, in order."""
+        return [n for n in self.nodes if n in among and n.op == "call_function"]
+
+    def gradients(self, wanted: Sequence[bool]) -> list[Node]:
+        """Of the inputs and weights for which one is wanted, and of which there is one."""
+        found = zip((*self.of_inputs, *self.of_weights), wanted, strict=True)
+        return [node for node, use in found if use and node is not None]
+
     def depending_on(self, sources: Sequence[Node]) -> frozenset[Node]:
         """These nodes and all that are computed from them."""
         reached = set(sources)

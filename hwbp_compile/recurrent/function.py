@@ -94,8 +94,13 @@ def forward_pass(
     """All states, ``[T + 1, ...]`` each, and the values that the kernel emits for the backward pass."""
     replay = replay_of(cell, inputs, weights)
     states = run(cell, replay, kernel, carry, reverse=False)
+    return states, emitted_by(cell, replay, kernel)
+
+
+def emitted_by(cell: CellGraph, replay: CellReplay, kernel: str) -> dict[Node, Tensor]:
+    """The values that a kernel has emitted, which the replay knows since it has run."""
     emitted = [cell.nodes[i] for i in kernel_program(kernel).emitted]
-    return states, {n: replay.value(n).value for n in emitted}
+    return {n: replay.value(n).value for n in emitted}
 
 
 def backward_pass(

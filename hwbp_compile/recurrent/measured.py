@@ -25,7 +25,7 @@ from ..rates import now
 from .backward import gradients_after, replay_of, run
 from .case import SMALL, Case, Line
 from .cell_graph import CellGraph
-from .function import replay_after, understand
+from .function import emitted_by, replay_after, understand
 from .library import call_library
 from .predicted import around
 from .recurrence import kernel_name, kernel_program
@@ -78,9 +78,9 @@ def _kernels(case: Case, most: int) -> Exact | None:
         cell, only_loops = understand(case.key, inputs, carry, weights)
     except CannotRewrite:
         return None
-    if only_loops and hasattr(torch, case.key):
+    if only_loops and case.in_library:
         return None  # the library's are no slower
-    wanted = [needed for _, needed in (*case.inputs, *case.weights)]
+    wanted = case.wanted
     name = functools.partial(kernel_name, case.key, cell, carry, inputs, weights)
     first, then = name(emit=True), name(backward=[True] * len(carry), wanted=wanted)
 
@@ -93,8 +93,7 @@ def _kernels(case: Case, most: int) -> Exact | None:
         yield
         states = run(cell, replay, first, h, reverse=False)
         yield
-        emitted = {n: replay.value(n).value for n in (cell.nodes[i] for i in kernel_program(first).emitted)}
-        replay = replay_after(cell, x, states, w, emitted)
+        replay = replay_after(cell, x, states, w, emitted_by(cell, replay, first))
         _read(cell, replay, then)
         yield
         last, more = [s[-1] for s in states], [s[:-1] for s in states]
@@ -107,7 +106,7 @@ def _kernels(case: Case, most: int) -> Exact | None:
         lengths, parts = _time(case, stages, most)
     before, forward, between, backward, after = (_line(lengths, seconds) for seconds in parts)
     sides = [before, between + after]
-    if case.device.type != "cpu" or not hasattr(torch, case.key):
+    if case.device.type != "cpu" or not case.in_library:
         predicted = [around(cell, nodes, case, most) for nodes in _around(cell, first, then, wanted)]
         sides = [min(pair, key=lambda line: line.at(most)) for pair in zip(sides, predicted, strict=True)]
     return Exact("kernels", forward + sides[0], backward + sides[1])
@@ -124,22 +123,19 @@ def _around(cell: CellGraph, first: str, then: str, wanted: Sequence[bool]) -> t
     """What no kernel computes, of the forward pass, and of the backward pass, which knows the former."""
     at = cell.nodes.__getitem__
     forward, backward = kernel_program(first), kernel_program(then)
-    gradients = zip((*cell.of_inputs, *cell.of_weights), wanted, strict=True)
-    results = [n for n, use in gradients if use and n is not None]
 
     def computed(needed: Sequence[Node], known: set[Node]) -> list[Node]:
-        nodes = cell.needed_for(needed, known) - known
-        return [n for n in cell.nodes if n in nodes and n.op == "call_function"]
+        return cell.operators(cell.needed_for(needed, known) - known)
 
     before = computed([*map(at, forward.read)], set())
     known = {*before, *cell.carry, *cell.block.entry}
     known.update(map(at, (*forward.emitted, *backward.emitted, *backward.sums)))
-    return before, computed([*map(at, backward.read), *results], known)
+    return before, computed([*map(at, backward.read), *cell.gradients(wanted)], known)
 
 
 @functools.lru_cache(maxsize=256)
 def _library(case: Case, most: int) -> Exact | None:
-    if not hasattr(torch, case.key):
+    if not case.in_library:
         return None
 
     def stages(steps: int) -> Iterator[None]:

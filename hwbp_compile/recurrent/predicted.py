@@ -74,15 +74,14 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
     """
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
     cell = trace_cell(STEPS[case.key], carry, inputs, weights)
-    found = zip((*cell.of_inputs, *cell.of_weights), (*case.inputs, *case.weights), strict=True)
-    results = [node for node, (_, wanted) in found if wanted and node is not None]
+    results = cell.gradients(case.wanted)
     backward = cell.depending_on(cell.block.entry)
     following = backward & cell.needed_for(results)
     if again:
         following |= cell.needed_for([*results, *externals_of(cell.block)]) - backward
     swept = max(1, min(settings.group_size, steps))
-    iterations = min(settings.iterations, math.ceil(steps / swept))
     in_parallel = math.ceil(steps / swept)
+    iterations = min(settings.iterations, in_parallel)
     state = sum(x.numel() for x in carry)
     read = sum(_numel(n) for n in externals_of(cell.block) if n in cell.differing)
     speed = bandwidth(
@@ -94,9 +93,8 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
         + _bytes(case, steps * (read + 6 * state)) / speed
         + operators * swept * operator_seconds(case.device, case.threads)
     )
-    last_nodes = [n for n in cell.nodes if n in following and n.op == "call_function"]
     last = (
-        around(cell, last_nodes, case, steps).at(steps)
+        around(cell, cell.operators(following), case, steps).at(steps)
         + _bytes(case, 4 * steps * state) / speed
         + 3 * operators * operator_seconds(case.device, case.threads)
     )
