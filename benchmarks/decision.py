@@ -54,6 +54,12 @@ GRID = [
     ("cell", 256, 32, 64, 128, 1, 1),
     ("cell", 512, 64, 16, 64, 1, 8),
 ]
+MORE_ON_CUDA = [
+    ("gru", 4096, 16, 64, 64, 1, 1),
+    ("gru", 1024, 128, 3, 64, 1, 1),
+    ("lstm", 2048, 16, 64, 64, 1, 1),
+    ("gru", 256, 128, 512, 512, 1, 1),
+]
 KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "cell": LayerNormGRU}
 
 
@@ -96,11 +102,11 @@ class Row:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid")
+    made.add_argument("--rows", type=int, nargs=2, default=[0, None], help="first and last of the grid")
     add_turns(made)
     arguments = made.parse_args()
     set_up(arguments)
-    rows = GRID[slice(*arguments.rows)]
+    rows = (GRID + MORE_ON_CUDA if arguments.device == "cuda" else GRID)[slice(*arguments.rows)]
     found: list[tuple[bool, float]] = []
     # In turns all rows are compiled before the first is measured. Else there would be many programs of one
     # function, among which each call would have to look for its own.

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All checks that need a CUDA device, in parts: benchmarks/gpu.sh [tests] [layers] [cells] [decision] [depth]
-# Without arguments, all of them. Compiling takes longer than measuring, so the processes of a part compile at once,
-# on up to 16 cores, and measure one after the other when all are ready. Parts side by side disturb each other.
+# Without arguments, all of them. Compiling takes longer than measuring, so the processes of all parts compile at once,
+# and measure one after the other when all are ready; a core and 4 GB each are enough. Then follow tests and depth.
 # PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the
-# results; TURNS one for locks, CACHE one for compiled code; DEPTH the rows of depth.py, by default its whole grid.
+# results; TURNS one for locks, CACHE one for compiled code; LAYERS a pattern of the arguments of recurrent.py, by default
+# all; DEPTH the rows of depth.py, by default its whole grid.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -11,6 +12,7 @@ out=${OUT:-gpu-results}
 turns=${TURNS:-$(mktemp -d)}
 cache=${CACHE:-$turns/depth}
 mkdir -p "$out" "$turns" "$cache"
+waiting=()
 declare -A started=()
 failed=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -21,18 +23,26 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     "$python" -m pip install --quiet --no-deps --no-build-isolation -e .
 "$python" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__, torch.cuda.get_device_name())"
 
-in_turns() { # FILE PROCESSES SCRIPT ARGUMENTS...: in the background; measures when so many have compiled
-    local file=$out/$1 turns=$turns/$1 processes=$2 script=benchmarks/$3
-    shift 3
-    "$python" "$script" --device cuda --turns "$turns" --processes "$processes" "$@" >>"$file" 2>>"$out/errors.txt" &
-    started[$!]="$script $*"
+in_turns() { # FILE SCRIPT ARGUMENTS...: in a process of its own, once all parts have said what they measure
+    waiting+=("$(printf '%q ' "$@")")
 }
 
-all_done() {
+measure_in_turns() {
+    local turns=$turns/run-$$ command
+    for command in "${waiting[@]}"; do
+        (
+            eval "set -- $command"
+            # Rates that another process has measured may be from when it was not alone.
+            HWBP_COMPILE_CALIBRATION=0 "$python" "benchmarks/$2" --device "${DEVICE:-cuda}" --turns "$turns" --processes "${#waiting[@]}" "${@:3}" \
+                >>"$out/$1" 2>>"$out/errors.txt" && exit
+            mkdir -p "$turns" && touch "$turns/ready-without-$BASHPID" # the others need not wait for it
+            exit 1
+        ) &
+        started[$!]=$command
+    done
     for process in "${!started[@]}"; do
         wait "$process" || { echo "FAILED: ${started[$process]}; see $out/errors.txt" && failed=1; }
     done
-    started=()
 }
 
 tests() {
@@ -40,10 +50,10 @@ tests() {
 }
 
 layers() {
-    rm -f "$turns"/layers.txt/ready-* # of an earlier call
     local few=(auto exact "k = 0" "k = 1" "k = 2" "k = 5" "k = 10" "groups of 8, k = 1")
     layer() {
-        in_turns layers.txt 14 recurrent.py --repeats 7 --cuda-graphs --settings "${few[@]}" "$@"
+        [[ ! "$*" =~ ${LAYERS:-.} ]] ||
+            in_turns layers.txt recurrent.py --repeats 7 --cuda-graphs "$@" --settings "${few[@]}"
     }
     for precision in tf32 bfloat16; do
         layer --kind gru --precision $precision --shape 4096 16 64 64
@@ -54,25 +64,23 @@ layers() {
         layer --kind gru --precision $precision --shape 4096 16 64 768
     done
     layer --kind gru --precision float32 --shape 4096 16 64 64
-    in_turns layers.txt 14 recurrent.py --repeats 3 --kind gru --loops --settings auto exact --shape 1024 128 64 64
-    all_done
+    few=(auto exact)
+    layer --kind gru --loops --shape 1024 128 64 64
 }
 
-cells() { # torch's own scan is measured for the shorter one only
-    rm -f "$turns"/cells.txt/ready-*
+cells() { # torch's own scan takes long to compile
     local few=(auto exact "k = 1" "k = 2" "groups of 8, k = 1")
-    in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 1024 16 64 64 --settings "${few[@]}"
-    in_turns cells.txt 2 custom_cell.py --repeats 3 --shape 4096 16 64 64 --no-scan --settings "${few[@]}"
-    all_done
+    in_turns cells.txt custom_cell.py --repeats 3 --shape 1024 16 64 64 --settings exact
+    in_turns cells.txt custom_cell.py --repeats 3 --shape 1024 16 64 64 --no-scan --settings "${few[@]}"
+    in_turns cells.txt custom_cell.py --repeats 3 --shape 4096 16 64 64 --no-scan --settings "${few[@]}"
 }
 
 decision() {
-    rm -f "$turns"/decision.txt/ready-*
-    for rows in "0 4" "4 8" "8 12" "12 15" "15 18" "18 21" "21 24" "24 26"; do
+    local rows
+    for rows in "0 4" "4 8" "8 12" "12 15" "15 18" "18 21" "21 24" "24 26" "26 28" "28 30" "30 32" "32 35"; do
         # shellcheck disable=SC2086
-        in_turns decision.txt 8 decision.py --repeats 5 --rows $rows
+        in_turns decision.txt decision.py --repeats 5 --rows $rows
     done
-    all_done
 }
 
 depth() {
@@ -85,7 +93,12 @@ depth() {
     done
 }
 
-for part in "${@:-tests layers cells decision depth}"; do
-    for each in $part; do "$each"; done
+wanted=" ${*:-tests layers cells decision depth} "
+for part in layers cells decision; do
+    [[ $wanted != *" $part "* ]] || "$part"
+done
+((${#waiting[@]} == 0)) || measure_in_turns
+for part in tests depth; do
+    [[ $wanted != *" $part "* ]] || "$part" || failed=1
 done
 exit $failed

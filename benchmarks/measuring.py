@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hwbp_compile import explain
+from hwbp_compile.recurrent.measured import forget
 from hwbp_compile.report.closeness import closeness, with_direction
 
-_PATIENCE = 100
+_PATIENCE = 300
 """Seconds to wait for other processes, one of which may have failed."""
 
 
@@ -140,6 +141,8 @@ def alone(folder: Path | None, processes: int = 0) -> Iterator[None]:
 def decide_in_turns(folder: Path | None, module: nn.Module, x: Tensor) -> None:
     """Measure what ``apply="auto"`` goes by alone, of those with this folder, before a module is compiled."""
     if folder is not None:
+        explain(module, x)  # compiles what is to be measured
+        forget()
         with alone(folder / "decisions"):
             explain(module, x)
 

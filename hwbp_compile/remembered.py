@@ -197,6 +197,11 @@ def _known(conditions: Conditions, folder: Path | None) -> Known:
     return Known(conditions, folder)
 
 
+def forget() -> None:
+    """Begin anew with what the files hold."""
+    _known.cache_clear()
+
+
 def _folder() -> Path | None:
     if os.environ.get(SWITCH) == "0":
         return None

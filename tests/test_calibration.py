@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def begin() -> None:
     """As if this were another process."""
-    remembered._known.cache_clear()
+    remembered.forget()
 
 
 class Clock:

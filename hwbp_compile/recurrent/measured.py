@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from .. import _compat
+from .. import _compat, remembered
 from ..errors import CannotRewrite
 from ..rates import now
 from .backward import gradients_after, replay_of, run
@@ -61,7 +61,8 @@ def measure_library(case: Case, steps: int) -> Exact | None:
 
 
 def forget() -> None:
-    """Measure recurrences anew from here on."""
+    """Measure recurrences, and rates that no file holds, anew from here on."""
+    remembered.forget()
     _kernels.cache_clear()
     _library.cache_clear()
 
