@@ -10,7 +10,7 @@ initialised.
 from __future__ import annotations
 
 import torch
-from measuring import Step, add_turns, alone, decide_in_turns, measure, parser, set_up, smallest_cosine
+from measuring import Step, add_turns, alone, measure, parser, set_up, smallest_cosine
 from recurrent import SETTINGS
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
@@ -73,7 +73,6 @@ def main() -> None:
             continue
         compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
         steps[name] = Step(module, compiled, x, direction)
-    decide_in_turns(arguments.turns, module, x)
     exact = [g.clone() for g in steps["loop, eager"]()]
     for step in steps.values():
         step()

@@ -9,7 +9,9 @@ the GRU of custom_cell.py by torch's scan, eager torch is the loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from measuring import Step, add_turns, alone, measure, parser, set_up
 from torch import nn
 
 import hwbp_compile
+from hwbp_compile.recurrent import cost
 from hwbp_compile.recurrent.measured import forget
 
 GRID = [
@@ -63,6 +66,26 @@ MORE_ON_CUDA = [
 KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "cell": LayerNormGRU}
 
 
+@contextmanager
+def expectations() -> Iterator[list[str]]:
+    """What the backend logs of its decisions meanwhile: the times that it expects."""
+    found: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger, handler = logging.getLogger(cost.__name__), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield found
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
 class Row:
     """A row of the grid, compiled, and not measured yet."""
 
@@ -87,14 +110,15 @@ class Row:
     def measure(self, repeats: int) -> tuple[bool, float]:
         """Print the row; whether the choice is right, and how fast it is, against eager torch."""
         forget()  # what was measured while others compiled
-        (chain,) = hwbp_compile.explain(self.module, self.x, options=self.options).chains
+        with expectations() as expected:
+            (chain,) = hwbp_compile.explain(self.module, self.x, options=self.options).chains
         ms = measure(self.steps, repeats)
         chosen, other = ("iterated", "exact") if chain.applied else ("exact", "iterated")
         good, against = ms[chosen] <= 1.03 * ms[other], ms["eager"] / ms[chosen]
         print(
             f"{self.name}: "
             f"eager {ms['eager']:8.2f} exact {ms['exact']:8.2f} iterated {ms['iterated']:8.2f} ms; "
-            f"{chosen:8} {'right' if good else 'WRONG'} ({against:.2f}x of eager); {chain.reason}",
+            f"{chosen:8} {'right' if good else 'WRONG'} ({against:.2f}x of eager); {expected[-1]}",
             flush=True,
         )
         return good, against

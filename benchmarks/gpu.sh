@@ -4,7 +4,7 @@
 # and measure one after the other when all are ready; a core and 4 GB each are enough. Then follow tests and depth.
 # PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the
 # results; TURNS one for locks, CACHE one for compiled code; LAYERS a pattern of the arguments of recurrent.py, by default
-# all; DEPTH the rows of depth.py, by default its whole grid.
+# all; DECISION ranges of the rows of decision.py, as "0,4 8,9"; DEPTH the rows of depth.py, by default its whole grid.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -50,7 +50,8 @@ tests() {
 }
 
 layers() {
-    local few=(auto exact "k = 0" "k = 1" "k = 2" "k = 5" "k = 10" "groups of 8, k = 1")
+    # Not auto: it would decide while others compile.
+    local few=(exact "k = 0" "k = 1" "k = 2" "k = 5" "k = 10" "groups of 8, k = 1")
     layer() {
         [[ ! "$*" =~ ${LAYERS:-.} ]] ||
             in_turns layers.txt recurrent.py --repeats 7 --cuda-graphs "$@" --settings "${few[@]}"
@@ -64,12 +65,12 @@ layers() {
         layer --kind gru --precision $precision --shape 4096 16 64 768
     done
     layer --kind gru --precision float32 --shape 4096 16 64 64
-    few=(auto exact)
+    few=(exact)
     layer --kind gru --loops --shape 1024 128 64 64
 }
 
 cells() { # torch's own scan takes long to compile
-    local few=(auto exact "k = 1" "k = 2" "groups of 8, k = 1")
+    local few=(exact "k = 1" "k = 2" "groups of 8, k = 1")
     in_turns cells.txt custom_cell.py --repeats 3 --shape 1024 16 64 64 --settings exact
     in_turns cells.txt custom_cell.py --repeats 3 --shape 1024 16 64 64 --no-scan --settings "${few[@]}"
     in_turns cells.txt custom_cell.py --repeats 3 --shape 4096 16 64 64 --no-scan --settings "${few[@]}"
@@ -77,9 +78,8 @@ cells() { # torch's own scan takes long to compile
 
 decision() {
     local rows
-    for rows in "0 4" "4 8" "8 12" "12 15" "15 18" "18 21" "21 24" "24 26" "26 28" "28 30" "30 32" "32 35"; do
-        # shellcheck disable=SC2086
-        in_turns decision.txt decision.py --repeats 5 --rows $rows
+    for rows in ${DECISION:-0,4 4,8 8,12 12,15 15,18 18,21 21,24 24,26 26,28 28,30 30,32 32,35}; do
+        in_turns decision.txt decision.py --repeats 5 --rows "${rows%,*}" "${rows#*,}"
     done
 }
 

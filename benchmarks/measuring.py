@@ -7,6 +7,7 @@ import fcntl
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwbp_compile import explain
-from hwbp_compile.recurrent.measured import forget
 from hwbp_compile.report.closeness import closeness, with_direction
 
 _PATIENCE = 300
@@ -130,21 +129,15 @@ def alone(folder: Path | None, processes: int = 0) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"ready-{os.getpid()}").touch()
+    print(
+        f"ready after {time.process_time():.0f} s of processor time: {sys.argv}", file=sys.stderr, flush=True
+    )
     end = time.perf_counter() + _PATIENCE
     while sum(1 for _ in folder.glob("ready-*")) < processes and time.perf_counter() < end:
         time.sleep(0.1)
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def decide_in_turns(folder: Path | None, module: nn.Module, x: Tensor) -> None:
-    """Measure what ``apply="auto"`` goes by alone, of those with this folder, before a module is compiled."""
-    if folder is not None:
-        explain(module, x)  # compiles what is to be measured
-        forget()
-        with alone(folder / "decisions"):
-            explain(module, x)
 
 
 def now(device: torch.device) -> float:

@@ -25,7 +25,6 @@ from measuring import (
     add_turns,
     alone,
     captured,
-    decide_in_turns,
     measure,
     parser,
     set_up,
@@ -131,7 +130,6 @@ def main() -> None:
             steps["loop, eager"] = Step(module, loop, x, direction)
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
-        decide_in_turns(arguments.turns, module, x)
         exact = [g.clone() for g in steps["torch, eager"]()]
         cosines = {name: smallest_cosine(step(), exact) for name, step in steps.items()}
         with alone(arguments.turns, arguments.processes):
