@@ -77,6 +77,7 @@ class Entry:
         self._records = records
         self._host: Tensor | None = None if records.device.type == "cuda" else records
         self._event: Any = None
+        self._came = False
         self._chains: tuple[ChainRecord, ...] = ()
 
     def send(self) -> None:
@@ -108,9 +109,9 @@ class Entry:
         """
         if self._host is None or _captures():
             return False
-        if self._event is not None and not self._event.query():
-            return False
-        return float(self._host[0, 0]) != EMPTY
+        if not self._came and (self._event is None or self._event.query()):
+            self._came = float(self._host[0, 0]) != EMPTY
+        return self._came
 
     def chains(self) -> tuple[ChainRecord, ...]:
         """One record per chain; none before the backward pass is done, and where nothing is iterated."""
@@ -289,9 +290,9 @@ class Runs:
             options: those in force.
             records: where it will record; None if there is nothing to record.
         """
-        newest = list(islice(reversed(self.history), SENT))
-        for entry in newest if self.auto is None else {*newest, *self.auto.awaited()}:
-            entry.send()
+        if self.auto is not None:  # else nobody reads them but who asks for them, and waits
+            for entry in {*islice(reversed(self.history), SENT), *self.auto.awaited()}:
+                entry.send()
         if records is not None:
             entry = Entry(self.steps, options, records)
             self.history.append(entry)

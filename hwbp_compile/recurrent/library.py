@@ -37,7 +37,7 @@ def library_inference(
     """The forward pass alone. Arguments and results as of :func:`.layer.recurrent_layer`."""
     with torch.no_grad(), _compat.without_autocast(x.device):
         y, *last = call_library(x, carry, weights, kind, training=False)
-    return [y.contiguous(), *(t.clone() for t in last)]
+    return _own([y, *last])
 
 
 def library_training(
@@ -87,6 +87,18 @@ def call_library(
     return [y, *(t.squeeze(0) for t in last)]
 
 
+def _own(results: Sequence[Tensor], given: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Contiguous tensors that share memory with nothing, neither each other nor what is given."""
+    taken = {x.untyped_storage().data_ptr() for x in given}
+    own: list[Tensor] = []
+    for x in results:
+        if not x.is_contiguous() or x.untyped_storage().data_ptr() in taken:
+            x = x.clone(memory_format=torch.contiguous_format)
+        taken.add(x.untyped_storage().data_ptr())
+        own.append(x)
+    return own
+
+
 def _run(
     x: Tensor, carry: Sequence[Tensor], weights: Sequence[Tensor], kind: str
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -133,17 +145,8 @@ def _backward(
         allow_unused=True,
         retain_graph=done is not None,
     )
-    own: list[Tensor] = []
-    given = {g.untyped_storage().data_ptr() for _, g in pairs}
-    for g, t in zip(found, leaves, strict=True):
-        if g is None:
-            g = torch.zeros_like(t, memory_format=torch.contiguous_format)
-        elif g.untyped_storage().data_ptr() in given or not g.is_contiguous():
-            # An operator returns tensors of their own; the two biases of a gate have one gradient.
-            g = g.clone(memory_format=torch.contiguous_format)
-        given.add(g.untyped_storage().data_ptr())
-        own.append(g)
-    return own
+    known = [torch.zeros_like(t) if g is None else g for g, t in zip(found, leaves, strict=True)]
+    return _own(known, [g for _, g in pairs])  # the two biases of a gate have one gradient
 
 
 @torch.library.register_fake("hwbp_compile::library_backward")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import Node
@@ -18,8 +19,28 @@ from .case import Case, Line
 from .cell_graph import CellGraph, trace_cell
 from .cells import STEPS
 
-_CALLS = 2
-"""A call of a kernel or a product from generated code, in calls of a small operator."""
+
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """What it takes to call something from generated code, in calls of a small operator, of many in a row."""
+
+    kernel: int
+    """A generated kernel, or a product on the way to the results."""
+    sweep: int
+    """All but the products of a step of an iteration."""
+    product: int
+    """A product in it."""
+    iteration: int
+    """What an iteration needs once: its scan, and a record of how far it went."""
+    once: int
+    """What an iterated step takes beside an exact one."""
+
+
+_ON_CPU = _Calls(kernel=2, sweep=6, product=2, iteration=0, once=0)
+# In profiles of steps launched by Python (an H100, torch 2.11) it took 28 us from one generated kernel to the
+# next, 65 from a product, 170 and more from a scan, 180 for a record, where a small operator takes about 10;
+# the GPU waited for each. The last number makes these steps as much longer than exact ones as they were.
+_ON_GPU = _Calls(kernel=3, sweep=9, product=6, iteration=30, once=40)
 _NEW = 1 << 25
 """Bytes of a tensor that is in no cache, and on a CPU in memory that the process has just been given.
 
@@ -42,8 +63,12 @@ def around(cell: CellGraph, nodes: Sequence[Node], case: Case, steps: int) -> Li
     total, products = _products_seconds(nodes, once, case, steps)
     if moved := work.bytes.value * steps:
         total += moved / bandwidth(case.device, case.threads, _NEW)
-    calls = _CALLS * (work.kernels + products)
+    calls = _calls(case).kernel * (work.kernels + products)
     return Line(calls * operator_seconds(case.device, case.threads), total / steps)
+
+
+def _calls(case: Case) -> _Calls:
+    return _ON_CPU if case.device.type == "cpu" else _ON_GPU
 
 
 def _summed_over_steps(cell: CellGraph) -> set[Node]:
@@ -70,7 +95,8 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
         case: the recurrence.
         settings: the solver's.
         steps: how many there are.
-        again: whether the gates are computed again, from the library's outputs; our kernels return them.
+        again: whether the gates are computed again, from the library's outputs, and the rest of the state by
+            a scan; our kernels return both.
     """
     inputs, carry, weights = (case.like(g) for g in (case.inputs, case.carry, case.weights))
     cell = trace_cell(STEPS[case.key], carry, inputs, weights)
@@ -87,16 +113,17 @@ def iteration_seconds(case: Case, settings: Settings, steps: int, *, again: bool
     speed = bandwidth(
         case.device, case.threads, min(_power_of_two(_bytes(case, steps * state)), _NEW), fresh=False
     )
-    operators = 6 + 2 * sum(op_name(n) in MATRIX_PRODUCTS for n in cell.block.nodes)
+    calls, operator = _calls(case), operator_seconds(case.device, case.threads)
+    in_sweep = calls.sweep + calls.product * sum(op_name(n) in MATRIX_PRODUCTS for n in cell.block.nodes)
     one = (
         _products_seconds(cell.block.nodes, frozenset(), case, in_parallel)[0] * swept
         + _bytes(case, steps * (read + 6 * state)) / speed
-        + operators * swept * operator_seconds(case.device, case.threads)
+        + (in_sweep * swept + calls.iteration) * operator
     )
     last = (
         around(cell, cell.operators(following), case, steps).at(steps)
         + _bytes(case, 4 * steps * state) / speed
-        + 3 * operators * operator_seconds(case.device, case.threads)
+        + (3 * in_sweep + calls.once + calls.iteration * (again and len(carry) > 1)) * operator
     )
     return iterations * one + last
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.fx import Node
 
 from .. import _compat
 from ..errors import CannotRewrite
+from ..launching import on_device_of
 from ..rates import now
 from .step_program import LARGEST_MATRIX, ROWS, StepProgram
 from .step_triton_source import is_matrix, recurrence_source
@@ -158,8 +158,7 @@ class TritonRecurrence:
         written = [x[-1] if last and self.program.keep else x for x in results[:n]]
         written += [x[-1] if last else x for x in results[n:]]
         grid = (math.ceil(batch / self._rows),)
-        # Triton launches on the current device, whatever the tensors'.
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        with on_device_of(first):
             self.kernel[grid](*read, *written, steps, batch, 0, num_warps=self._warps, num_stages=1)
         return results
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..launching import on_device_of
 from .rows import coefficients_of, rows_of
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,9 @@ _COLUMNS = 16
 """Columns of a program: 64 bytes of float32, and as many programs as there can be."""
 _FEW = 1024
 """Programs that leave a part of a GPU idle."""
-_MANY_TILES = 8
-"""Tiles from which on it pays to work on all of them at once, which reads everything twice."""
+_MANY_TILES, _MANY_TO_LAUNCH = 8, 64
+"""Tiles from which on it pays to work on all of them at once, which reads everything twice, in a CUDA graph;
+and where Python launches the three kernels of it, some 100 us each, where one works on a tile in 2."""
 _MOST_TILES = 65535
 """The second size that CUDA allows of a grid."""
 
@@ -121,15 +122,17 @@ def kernel() -> Callable[..., Any] | None:
 
     def run(v: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        rows, columns = v.shape[0], v[0].numel()
+        rows = v.shape[0]
+        columns = v.numel() // rows
         terms, step = rows_of(v, columns)
         factors, factor_step, uniform = coefficients_of(a, v, columns)
         programs, tiles = triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _TILE)
         kind = wide.get(v.dtype, tl.float32)
         given = (rows, columns, step, factor_step)
-        # Triton launches on the current device, whatever the tensors'.
-        with torch.cuda.device(v.device) if v.is_cuda else nullcontext():
-            if programs >= _FEW or not _MANY_TILES <= tiles <= _MOST_TILES:
+        captured = not v.is_cuda or torch.cuda.is_current_stream_capturing()
+        many = _MANY_TILES if captured else _MANY_TO_LAUNCH
+        with on_device_of(v):
+            if programs >= _FEW or not many <= tiles <= _MOST_TILES:
                 start = out if initial is None else initial.contiguous()
                 walk[programs, 1](
                     terms, factors, start, out, *given, tiles * _TILE,
