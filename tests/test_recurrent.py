@@ -253,10 +253,13 @@ def test_automatic_mixed_precision(kind: str, before: bool, iterations: int | st
     def loss(y: Tensor) -> Tensor:
         return y.float().square().sum()
 
-    eager = run(x)
+    try:
+        dtype = run(x).dtype
+    except RuntimeError:  # oneDNN's LSTM takes no half precision on some processors
+        dtype = torch.bfloat16
     options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
     found = torch.compile(run, backend="highway", options=options, fullgraph=True)(x)
-    assert found.dtype == eager.dtype
+    assert found.dtype == dtype
     module_in_single, _ = module(linear(x) if before else x)
     expected = torch.autograd.grad(loss(module_in_single), weights)
     torch.testing.assert_close(found.float(), module_in_single, rtol=0.05, atol=0.02)
