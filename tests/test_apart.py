@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -82,13 +82,53 @@ def test_norms_read_copies(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert relative_error(found, expected) <= 1e-10
 
 
+class Convolutional(nn.Module):
+    """``relu(x + bn(conv(x)))``"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x))
+        return torch.relu(x + y)
+
+
+def convolutional(depth: int) -> nn.Module:
+    return nn.Sequential(*(Convolutional() for _ in range(depth))).double()
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+@pytest.mark.parametrize(("large", "iterated", "exact"), [(1 << 12, (3, 1), (3, 2)), (2, (1, 0), (1, 1))])
+def test_convolutions_read_copies(
+    options: dict[str, Any],
+    large: int,
+    iterated: tuple[int, int],
+    exact: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Generated kernels lay their weights out anew. Norms are such kernels."""
+    monkeypatch.setattr(apart, "_LARGE", large)
+    m, x = convolutional(BLOCKS), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = grads(m, compiled(m, **options), x)
+    m.zero_grad()
+    stack_parameters(m)
+    assert copies(graph_of(m, x, **options)) == (exact if options["apply"] == "never" else iterated)
+    unstack_parameters(m)
+    found = [p.grad for p in m.parameters() if p.grad is not None]
+    assert relative_error(found, expected) <= 1e-10
+
+
 @pytest.mark.slow
-def test_equal_layers_share_their_kernels() -> None:
+@pytest.mark.parametrize(
+    ("make", "shape"), [(model, (5, 4)), (convolutional, (2, 3, 4, 4))], ids=["products", "convolutions"]
+)
+def test_equal_layers_share_their_kernels(make: Callable[[int], nn.Module], shape: tuple[int, ...]) -> None:
     counts = []
     for depth in (BLOCKS, 2 * BLOCKS):
         torch._dynamo.reset()
-        m = model(depth)
-        x = torch.randn(5, 4, dtype=torch.float64)
+        m = make(depth)
+        x = torch.randn(shape, dtype=torch.float64)
         expected = grads(m, m, x)
         m.zero_grad()
         stack_parameters(m)

@@ -1,9 +1,10 @@
-"""Rows of stacked parameters that elementwise functions read: as tensors of their own, copied once."""
+"""Rows of stacked parameters that generated kernels read: as tensors of their own, copied once."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from .views import SHARING, row_of
 _FEWEST = 4
 """Rows from which on a tensor is taken apart."""
 _LARGE = 1 << 12
-"""Elements of a row from which on it is read where it lies."""
+"""Elements of a row from which on elementwise functions read it where it lies."""
+_CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_backward"})
+"""On CPUs their weights are laid out anew by generated kernels, however large they are."""
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VIEWS = SHARING - {"aten::as_strided"}  # which depends on where its operand lies
 
@@ -35,14 +38,15 @@ def take_apart(graph: Graph) -> int:
     done = 0
     late = dependent_on_tangents(graph)
     for source in graph.find_nodes(op="placeholder"):
-        if not _is_small(source.meta.get("val")):
+        value = source.meta.get("val")
+        if not _can_be_copied(value):
             continue
         rows = {u: row.row for u in source.users if (row := row_of(u)) is not None}
         for of_backward in (False, True):
-            users = {r: [u for u in r.users if _half(u, late) is of_backward] for r in rows}
+            users = {r: [u for u in r.users if _half(u, late, value) is of_backward] for r in rows}
             users = {r: found for r, found in users.items() if found}
             count = len({rows[r] for r in users})
-            if count >= _FEWEST and 2 * count >= source.meta["val"].shape[0]:
+            if count >= _FEWEST and 2 * count >= value.shape[0]:
                 _replace(graph, source, rows, users, of_backward)
                 done += 1
     if done:
@@ -51,30 +55,43 @@ def take_apart(graph: Graph) -> int:
     return done
 
 
-def _is_small(value: object) -> bool:
-    """Whether to copy a row costs next to nothing."""
+def _can_be_copied(value: object) -> TypeGuard[Tensor]:
     if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype not in _TYPES:
         return False
-    known = all(isinstance(n, int) for n in value.shape)
-    return known and value[0].numel() < _LARGE and value.is_contiguous()
+    return all(isinstance(n, int) for n in value.shape) and value.is_contiguous()
 
 
-def _half(node: Node, late: Collection[Node]) -> bool | None:
-    """Whether a node that reads a row belongs to the backward pass.
+def _half(node: Node, late: Collection[Node], stack: Tensor) -> bool | None:
+    """Whether a node that reads a row of a stack belongs to the backward pass.
 
-    None if it, or what reads it through views, is not elementwise, belongs to both passes, or could be
-    computed in either.
+    None if no generated kernel has to read the row there (or where it is read through views), or if that
+    belongs to both passes, or could be computed in either.
     """
     if node.op != "call_function":
         return None
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if _in_kernel(node, stack):
         if is_backward(node):
-            return True if node in late else None
+            return True if _is_late(node, late) else None
         return False
     if op_name(node) not in _VIEWS:
         return None
-    halves = {_half(user, late) for user in node.users} | {is_backward(node)}
+    halves = {_half(user, late, stack) for user in node.users} | {is_backward(node)}
     return halves.pop() if len(halves) == 1 else None
+
+
+def _in_kernel(node: Node, stack: Tensor) -> bool:
+    """Whether a generated kernel reads what this node does, and copies of the rows cost next to nothing."""
+    if op_name(node) in _CONVOLUTIONS:
+        return stack.device.type == "cpu"
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise and stack[0].numel() < _LARGE
+
+
+def _is_late(node: Node, late: Collection[Node]) -> bool:
+    """Whether a node of the backward pass depends on tangents, or all that reads it does in the end."""
+    if node in late:
+        return True
+    return is_backward(node) and bool(node.users) and all(_is_late(user, late) for user in node.users)
 
 
 def _replace(
