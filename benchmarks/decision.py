@@ -115,10 +115,11 @@ class Row:
         ms = measure(self.steps, repeats)
         chosen, other = ("iterated", "exact") if chain.applied else ("exact", "iterated")
         good, against = ms[chosen] <= 1.03 * ms[other], ms["eager"] / ms[chosen]
+        why = expected[-1] if expected else chain.reason
         print(
             f"{self.name}: "
             f"eager {ms['eager']:8.2f} exact {ms['exact']:8.2f} iterated {ms['iterated']:8.2f} ms; "
-            f"{chosen:8} {'right' if good else 'WRONG'} ({against:.2f}x of eager); {expected[-1]}",
+            f"{chosen:8} {'right' if good else 'WRONG'} ({against:.2f}x of eager); {why}",
             flush=True,
         )
         return good, against

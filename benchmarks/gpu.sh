@@ -28,14 +28,15 @@ in_turns() { # FILE SCRIPT ARGUMENTS...: in a process of its own, once all parts
 }
 
 measure_in_turns() {
-    local turns=$turns/run-$$ command
+    local turns command
+    turns=$(mktemp -d "$turns/run-XXXXXX")
     for command in "${waiting[@]}"; do
         (
             eval "set -- $command"
             # Rates that another process has measured may be from when it was not alone.
             HWBP_COMPILE_CALIBRATION=0 "$python" "benchmarks/$2" --device "${DEVICE:-cuda}" --turns "$turns" --processes "${#waiting[@]}" "${@:3}" \
                 >>"$out/$1" 2>>"$out/errors.txt" && exit
-            mkdir -p "$turns" && touch "$turns/ready-without-$BASHPID" # the others need not wait for it
+            touch "$turns/ready-without-$BASHPID" # the others need not wait for it
             exit 1
         ) &
         started[$!]=$command
@@ -87,13 +88,16 @@ depth() {
     # shellcheck disable=SC2086
     for precision in ${PRECISIONS:-tf32}; do
         nice "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --prepare ${DEPTH:-} \
-            >>"$out/prepared.txt" 2>>"$out/errors.txt"
+            >>"$out/prepared.txt" 2>>"$out/errors.txt" || return
         "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --turns "$turns" --jobs 3 \
-            --cuda-graphs --save "$out/depth.jsonl" ${DEPTH:-} 2>>"$out/errors.txt" | tee -a "$out/depth.txt"
+            --cuda-graphs --save "$out/depth.jsonl" ${DEPTH:-} 2>>"$out/errors.txt" | tee -a "$out/depth.txt" || return
     done
 }
 
 wanted=" ${*:-tests layers cells decision depth} "
+for part in $wanted; do
+    [[ $part =~ ^(tests|layers|cells|decision|depth)$ ]] || { echo "no such part: $part" && exit 2; }
+done
 for part in layers cells decision; do
     [[ $wanted != *" $part "* ]] || "$part"
 done

@@ -119,6 +119,16 @@ def test_convolutions_read_copies(
     assert relative_error(found, expected) <= 1e-10
 
 
+def test_what_is_convolved_is_not_copied() -> None:
+    weight = torch.randn(3, 3, 3, 3, requires_grad=True)
+
+    class Frames(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([torch.conv2d(frame, weight) for frame in x.unbind()])
+
+    assert copies(graph_of(Frames(), torch.randn(5, 2, 3, 4, 4), apply="never")) == (0, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "shape"), [(model, (5, 4)), (convolutional, (2, 3, 4, 4))], ids=["products", "convolutions"]

@@ -57,8 +57,9 @@ def test_families(family: str, codegen: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_scan(dtype: torch.dtype, reverse: bool) -> None:
-    v, a = torch.randn(300, 5, 7, device="cuda").to(dtype), torch.rand(300, 1, 7, device="cuda").to(dtype)
+@pytest.mark.parametrize("rows", [300, 2100])  # walked through, and all tiles at once
+def test_scan(dtype: torch.dtype, reverse: bool, rows: int) -> None:
+    v, a = torch.randn(rows, 5, 7, device="cuda").to(dtype), torch.rand(rows, 1, 7, device="cuda").to(dtype)
     found = linear_scan(v, a, v[0], reverse)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
     expected = linear_scan_naive(v, a, v[0], reverse)

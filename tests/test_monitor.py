@@ -280,3 +280,25 @@ def test_recurrences_come_first(group_size: int) -> None:
     assert (time.over_time, time.blocks) == (True, -(-10 // group_size))
     assert (depth.over_time, depth.blocks) == (False, -(-6 // group_size))
     assert 0 < time.steps[1] < time.steps[0] < 10
+
+
+def test_records_on_a_device_are_fetched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a given k nothing sends them; those that the backward pass has not written yet come later."""
+    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+    c = compiled(m, apply="always", iterations=2)
+    for _ in range(3):
+        grads(m, c, x)
+    pending = c(x).sum()
+    (runs,) = [r for r in all_runs() if r.steps == 4]
+    for entry in runs.history:
+        monkeypatch.setattr(entry, "_host", None)  # as if they were on another device
+        monkeypatch.setattr(entry, "_came", False)
+    with monkeypatch.context() as patched:
+        stacked, together = [], torch.stack
+        patched.setattr(torch, "stack", lambda rows: stacked.append(len(rows)) or together(rows))
+        assert [s.step for s in Monitor(m).history] == [0, 1, 2]
+        assert stacked == [4]
+        assert all(len(s.chains[0].steps) == 2 for s in Monitor(m).history)
+        assert stacked == [4, 1], "only what had not come"
+    pending.backward()
+    assert [s.step for s in Monitor(m).history] == [0, 1, 2, 3]

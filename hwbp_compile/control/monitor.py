@@ -90,6 +90,7 @@ class Monitor:
 
 
 def _steps(runs: Runs) -> Iterator[StepRecord]:
+    runs.fetch()
     for entry in runs.history:
         if chains := entry.chains():
             iterations = entry.options.iterations

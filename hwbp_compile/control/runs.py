@@ -94,6 +94,16 @@ class Entry:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    @property
+    def unsent(self) -> Tensor | None:
+        """The records, if they are on the device only."""
+        return self._records if self._host is None else None
+
+    def receive(self, host: Tensor) -> None:
+        """Take records that were copied to the host; they may not have been there yet."""
+        if float(host[0, 0]) != EMPTY:
+            self._host, self._came = host, True
+
     def take_out(self) -> None:
         """Have the records in memory of their own. What is recorded later is not among them."""
         if self._host is self._records:
@@ -282,6 +292,17 @@ class Runs:
         if options not in self._memory:
             self._memory[options] = _Place(new_records(device, options.records_blocks))
         return self._memory[options].records
+
+    def fetch(self) -> None:
+        """Have what all steps recorded on the host, waiting for the device once."""
+        by_shape: dict[torch.Size, list[tuple[Entry, Tensor]]] = {}
+        for entry in self.history:
+            if (records := entry.unsent) is not None:
+                by_shape.setdefault(records.shape, []).append((entry, records))
+        for pairs in by_shape.values():
+            together = torch.stack([records for _, records in pairs]).cpu()
+            for (entry, _), host in zip(pairs, together, strict=True):
+                entry.receive(host)
 
     def began(self, options: Options, records: Tensor | None) -> None:
         """A training step begins its forward pass.

@@ -21,8 +21,8 @@ _FEWEST = 4
 """Rows from which on a tensor is taken apart."""
 _LARGE = 1 << 12
 """Elements of a row from which on elementwise functions read it where it lies."""
-_CONVOLUTIONS = frozenset({"aten::convolution", "aten::convolution_backward"})
-"""On CPUs their weights are laid out anew by generated kernels, however large they are."""
+_CONVOLUTIONS = {"aten::convolution": 1, "aten::convolution_backward": 2}
+"""Where they have their weights, which generated kernels lay out anew on CPUs, however large they are."""
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VIEWS = SHARING - {"aten::as_strided"}  # which depends on where its operand lies
 
@@ -36,14 +36,14 @@ def take_apart(graph: Graph) -> int:
         How many copies of whole inputs there are.
     """
     done = 0
-    late = dependent_on_tangents(graph)
+    late = _of_backward(graph)
     for source in graph.find_nodes(op="placeholder"):
         value = source.meta.get("val")
         if not _can_be_copied(value):
             continue
         rows = {u: row.row for u in source.users if (row := row_of(u)) is not None}
         for of_backward in (False, True):
-            users = {r: [u for u in r.users if _half(u, late, value) is of_backward] for r in rows}
+            users = {r: [u for u in r.users if _half(u, r, late, value) is of_backward] for r in rows}
             users = {r: found for r, found in users.items() if found}
             count = len({rows[r] for r in users})
             if count >= _FEWEST and 2 * count >= value.shape[0]:
@@ -61,7 +61,7 @@ def _can_be_copied(value: object) -> TypeGuard[Tensor]:
     return all(isinstance(n, int) for n in value.shape) and value.is_contiguous()
 
 
-def _half(node: Node, late: Collection[Node], stack: Tensor) -> bool | None:
+def _half(node: Node, operand: Node, late: Collection[Node], stack: Tensor) -> bool | None:
     """Whether a node that reads a row of a stack belongs to the backward pass.
 
     None if no generated kernel has to read the row there (or where it is read through views), or if that
@@ -69,29 +69,31 @@ def _half(node: Node, late: Collection[Node], stack: Tensor) -> bool | None:
     """
     if node.op != "call_function":
         return None
-    if _in_kernel(node, stack):
+    if _in_kernel(node, operand, stack):
         if is_backward(node):
-            return True if _is_late(node, late) else None
+            return True if node in late else None
         return False
     if op_name(node) not in _VIEWS:
         return None
-    halves = {_half(user, late, stack) for user in node.users} | {is_backward(node)}
+    halves = {_half(user, node, late, stack) for user in node.users} | {is_backward(node)}
     return halves.pop() if len(halves) == 1 else None
 
 
-def _in_kernel(node: Node, stack: Tensor) -> bool:
-    """Whether a generated kernel reads what this node does, and copies of the rows cost next to nothing."""
-    if op_name(node) in _CONVOLUTIONS:
-        return stack.device.type == "cpu"
+def _in_kernel(node: Node, operand: Node, stack: Tensor) -> bool:
+    """Whether generated code passes over what a node reads, so that copies of all rows are worth it."""
+    if (weight := _CONVOLUTIONS.get(op_name(node))) is not None:
+        return node.args[weight] is operand and stack.device.type == "cpu"
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return pointwise and stack[0].numel() < _LARGE
 
 
-def _is_late(node: Node, late: Collection[Node]) -> bool:
-    """Whether a node of the backward pass depends on tangents, or all that reads it does in the end."""
-    if node in late:
-        return True
-    return is_backward(node) and bool(node.users) and all(_is_late(user, late) for user in node.users)
+def _of_backward(graph: Graph) -> set[Node]:
+    """What depends on tangents, and what of the backward pass only that reads, in the end."""
+    found = dependent_on_tangents(graph)
+    for node in reversed(graph.nodes):
+        if is_backward(node) and node.users and all(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def _replace(

@@ -22,10 +22,13 @@ from .cells import STEPS
 
 @dataclass(frozen=True, slots=True)
 class _Calls:
-    """What it takes to call something from generated code, in calls of a small operator, of many in a row."""
+    """What it takes to call something from generated code, in calls of a small operator, of many in a row.
+
+    In a CUDA graph it takes next to nothing, which is not known here.
+    """
 
     kernel: int
-    """A generated kernel, or a product on the way to the results."""
+    """A generated kernel, or a product among them."""
     sweep: int
     """All but the products of a step of an iteration."""
     product: int
@@ -39,7 +42,7 @@ class _Calls:
 _ON_CPU = _Calls(kernel=2, sweep=6, product=2, iteration=0, once=0)
 # In profiles of steps launched by Python (an H100, torch 2.11) it took 28 us from one generated kernel to the
 # next, 65 from a product, 170 and more from a scan, 180 for a record, where a small operator takes about 10;
-# the GPU waited for each. The last number makes these steps as much longer than exact ones as they were.
+# the GPU waited for each. The last two are fitted to eleven steps that were measured.
 _ON_GPU = _Calls(kernel=3, sweep=9, product=6, iteration=30, once=40)
 _NEW = 1 << 25
 """Bytes of a tensor that is in no cache, and on a CPU in memory that the process has just been given.

@@ -27,9 +27,9 @@ _COLUMNS = 16
 """Columns of a program: 64 bytes of float32, and as many programs as there can be."""
 _FEW = 1024
 """Programs that leave a part of a GPU idle."""
-_MANY_TILES, _MANY_TO_LAUNCH = 8, 64
-"""Tiles from which on it pays to work on all of them at once, which reads everything twice, in a CUDA graph;
-and where Python launches the three kernels of it, some 100 us each, where one works on a tile in 2."""
+_MANY_TILES = 32
+"""Tiles from which on it pays to work on all of them at once. That reads everything twice, and Python takes
+some 100 us to launch each of its three kernels, where one kernel works on a tile in 2."""
 _MOST_TILES = 65535
 """The second size that CUDA allows of a grid."""
 
@@ -129,10 +129,8 @@ def kernel() -> Callable[..., Any] | None:
         programs, tiles = triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _TILE)
         kind = wide.get(v.dtype, tl.float32)
         given = (rows, columns, step, factor_step)
-        captured = not v.is_cuda or torch.cuda.is_current_stream_capturing()
-        many = _MANY_TILES if captured else _MANY_TO_LAUNCH
         with on_device_of(v):
-            if programs >= _FEW or not many <= tiles <= _MOST_TILES:
+            if programs >= _FEW or not _MANY_TILES <= tiles <= _MOST_TILES:
                 start = out if initial is None else initial.contiguous()
                 walk[programs, 1](
                     terms, factors, start, out, *given, tiles * _TILE,
