@@ -5,6 +5,7 @@
 # PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the
 # results; TURNS one for locks, CACHE one for compiled code; LAYERS a pattern of the arguments of recurrent.py, by default
 # all; DECISION ranges of the rows of decision.py, as "0,4 8,9"; DEPTH the rows of depth.py, by default its whole grid.
+# DEVICE=cpu tries what compiles and measures in turns without such a device.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
