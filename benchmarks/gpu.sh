@@ -5,7 +5,6 @@
 # PYTHON is the interpreter of an environment with torch and this package's dependencies; OUT the folder of the
 # results; TURNS one for locks, CACHE one for compiled code; LAYERS a pattern of the arguments of recurrent.py, by default
 # all; DECISION ranges of the rows of decision.py, as "0,4 8,9"; DEPTH the rows of depth.py, by default its whole grid.
-# DEVICE=cpu tries what compiles and measures in turns without such a device.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -35,7 +34,7 @@ measure_in_turns() {
         (
             eval "set -- $command"
             # Rates that another process has measured may be from when it was not alone.
-            HWBP_COMPILE_CALIBRATION=0 "$python" "benchmarks/$2" --device "${DEVICE:-cuda}" --turns "$turns" --processes "${#waiting[@]}" "${@:3}" \
+            HWBP_COMPILE_CALIBRATION=0 "$python" "benchmarks/$2" --device cuda --turns "$turns" --processes "${#waiting[@]}" "${@:3}" \
                 >>"$out/$1" 2>>"$out/errors.txt" && exit
             touch "$turns/ready-without-$BASHPID" # the others need not wait for it
             exit 1
