@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from depth_models import FAMILIES, Row
+from json_lines import add_line
 from measuring import Step, measure_parts, parser, set_up
 
 import hwbp_compile
@@ -83,6 +85,10 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
     whole = {name: parts[-1] for name, parts in times.items()}
     right = whole[chosen] <= 1.03 * min(whole.values())
     costs = max(chains, key=lambda c: c.blocks).costs
+    if arguments.save:
+        expected = [cost.seconds for cost in costs]
+        here = {"stacked": stacked, "k": k, "expected": expected, "measured": times, "chosen": chosen}
+        add_line(arguments.save, asdict(row) | {"threads": arguments.threads} | here)
     backward = (
         f"{name} {1e3 * cost.seconds:7.3f} expected {times[name][1]:7.3f} ms"
         for name, cost in zip(("exact", "iterated"), costs, strict=True)
@@ -100,6 +106,7 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
 def main() -> None:
     made = parser(__doc__, threads=2, repeats=100)
     made.add_argument("--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid")
+    made.add_argument("--save", type=Path, metavar="FILE", help="append what is found as JSON, a line a model")
     arguments = made.parse_args()
     set_up(arguments)
     verdicts = [
