@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
 import networkx as nx
-import torch
 from torch import Tensor
 
 Coefficient: TypeAlias = Tensor | float | None
@@ -70,15 +68,6 @@ class ResidualPath:
     def is_zero(self) -> bool:
         """Whether no path is left at all."""
         return all(entry is None for row in self.entries for entry in row)
-
-    @cached_property
-    def from_first(self) -> tuple[Coefficient, ...]:
-        """The diagonal, in tensors a one before the first block's: ``[blocks + 1, ...]``.
-
-        Scans that start with the first state read it, in each iteration; it is made once.
-        """
-        diagonal = (row[i] for i, row in enumerate(self.entries))
-        return tuple(_after_one(e) if isinstance(e, Tensor) else e for e in diagonal)
 
     def map(self, f: Callable[[Coefficient], Coefficient]) -> ResidualPath:
         """Apply ``f`` to every entry that is not zero."""
@@ -149,8 +138,3 @@ class ResidualPath:
         graph.remove_edges_from([(j, i) for j, i in graph.edges if not kept(i, j)])
         order = tuple(nx.lexicographical_topological_sort(graph))
         return scannable, rest, order
-
-
-def _after_one(x: Tensor) -> Tensor:
-    # Padded, it would be made again for each scan: Inductor hands operators a copy of what it can fuse.
-    return torch.cat([x.new_ones((1, *x.shape[1:])), x])

@@ -25,6 +25,7 @@ from hwbp_compile.recurrent.layer import recurrent_layer
 from hwbp_compile.recurrent.step_triton import TritonRecurrence
 from hwbp_compile.scan import linear_scan
 from hwbp_compile.scan.naive import linear_scan_naive
+from hwbp_compile.scan.states import states
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +65,8 @@ def test_scan(dtype: torch.dtype, reverse: bool, rows: int) -> None:
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
     expected = linear_scan_naive(v, a, v[0], reverse)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if not reverse:
+        torch.testing.assert_close(states(v[0], v, a), torch.cat([v[:1], found]))
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

@@ -12,13 +12,14 @@ from hwbp_compile import _compat
 from hwbp_compile.residual import ResidualPath
 from hwbp_compile.scan import cpp, linear_scan, loop, scan_path
 from hwbp_compile.scan.naive import linear_scan_naive
+from hwbp_compile.scan.states import states
 
 dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 IMPLEMENTATIONS = {
     "kernel": linear_scan,
-    "loop": lambda v, a, initial=None, reverse=False: loop.linear_scan(v, a, initial, reverse),
+    "loop": lambda v, a, initial=None, reverse=False: loop.linear_scan(v, a, initial, reverse, False),
 }
 
 
@@ -156,6 +157,46 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         cpp.kernel.cache_clear()
     assert [r for r in caplog.records if "slow loop" in r.message and "no compiler here" in r.message]
     assert len(caplog.records) == 1, "said once"
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("coefficient", ["one", "number", "row", "all rows", "full"])
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize(("length", "width"), [(0, 3), (1, 1), (7, 3000), (90, 5000)])
+def test_states(
+    dtype: torch.dtype,
+    coefficient: str,
+    compiler: bool,
+    length: int,
+    width: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several threads each has a stretch of its own; of few elements one has them all."""
+    if not compiler:
+        monkeypatch.setattr(cpp, "kernel", lambda _: None)
+    terms, first = (torch.randn(2 * length, width) / 8).to(dtype)[::2], torch.randn(width).to(dtype)
+    ones = torch.ones(length, 1, dtype=dtype)
+    given, same = {
+        "one": (1.0, ones),
+        "number": (0.75, 0.75 * ones),
+        "row": (a := torch.rand(length, 1).to(dtype), a),
+        "all rows": (a := torch.rand(1, width).to(dtype).expand(length, width), a),
+        "full": (a := torch.rand(length, width).to(dtype), a),
+    }[coefficient]
+    found = states(first, terms, given)
+    assert found.is_contiguous()
+    assert torch.equal(found[0], first)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    expected = linear_scan_naive(terms, same, first)
+    torch.testing.assert_close(found[1:], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_states_as_an_operator() -> None:
+    first, terms = torch.randn(3), torch.randn(5, 3)
+    for a in (None, torch.rand(5, 1)):
+        torch.library.opcheck(torch.ops.hwbp_compile.states.default, (first, terms, a))
+    with pytest.raises(ValueError, match="broadcasts to it"):
+        states(torch.randn(3, device="meta"), torch.randn(5, 4, device="meta"), 1.0)
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 0.5, None, "tensor"])

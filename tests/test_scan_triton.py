@@ -28,15 +28,18 @@ for dtype, tolerance in tolerances.items():
                 v = torch.randn(2 * rows, columns).to(dtype)[::2]
                 a = torch.rand(rows, 1 if scalar else columns).to(dtype)
                 for initial in (None, torch.randn(columns).to(dtype)):
-                    found = kernel(v, a, initial, reverse)
+                    whole = initial is not None and not reverse
+                    found = kernel(v, a, initial, reverse, whole)
                     expected = linear_scan_naive(v, a, initial, reverse)
+                    if whole:
+                        expected = torch.cat([initial.unsqueeze(0), expected])
                     assert found.dtype == dtype and found.is_contiguous()
                     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 # The products of coefficients overflow, what they multiply is zero.
 for rows in (130, 640):
     v, a = torch.zeros(rows, 3), torch.full((rows, 3), 8.0)
     v[-1] = 1
-    torch.testing.assert_close(kernel(v, a, None, False), linear_scan_naive(v, a))
+    torch.testing.assert_close(kernel(v, a, None, False, False), linear_scan_naive(v, a))
 print("done")
 """
 
@@ -50,7 +53,8 @@ assert len(kernels) == 2
 for element, wide in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
     for uniform in (True, False):
         for each in kernels:
-            constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=True, WIDE=wide, TILE=64, COLUMNS=16)
+            constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=uniform, WHOLE=not uniform, WIDE=wide)
+            constants.update(TILE=64, COLUMNS=16)
             constants = {n: c for n, c in constants.items() if n in each.arg_names}
             signature = {n: "constexpr" if n in constants else "i32" for n in each.arg_names}
             pointers = {n for n in ("v", "a", "initial", "u", "products", "totals") if n in signature}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from .rows import coefficients_of, rows_of
+from .rows import coefficients_of, rows_like, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,9 @@ _TYPES = {
 }
 """The C++ types of the elements and of the accumulator."""
 
+_ONES, _OF_ROWS, _FULL = range(3)
+"""What a coefficient is: one, a number for each row, or for each of its columns."""
+
 _SOURCE = """
 #include <algorithm>
 #include <cstdint>
@@ -40,29 +43,35 @@ using Element = ELEMENT;
 using Wide = ACCUMULATOR;
 
 constexpr int64_t STRETCH = 2048;
+// Elements per thread: to wake another one takes as long as some ten thousand of them.
+constexpr int64_t LEAST = 1 << 16;
 
-// One stretch of columns. `a` has one number per row if it is `uniform`.
-static void walk(const Element* v, const Element* a, const Element* initial, Element* u,
+// What a coefficient is: one, a number for each row, or for each of its columns.
+enum Coefficients : int64_t { ONES = 0, OF_ROWS = 1, FULL = 2 };
+
+// One stretch of columns. Where there is an `edge`, it gets the initial row.
+static void walk(const Element* v, const Element* a, const Element* initial, Element* u, Element* edge,
                  int64_t rows, int64_t columns, int64_t v_step, int64_t a_step, int64_t u_step,
-                 bool uniform, bool reverse) {
+                 int64_t kind, bool reverse) {
     Wide carry[STRETCH];
     for (int64_t i = 0; i < columns; i++) carry[i] = initial ? static_cast<Wide>(initial[i]) : Wide(0);
+    if (edge) for (int64_t i = 0; i < columns; i++) edge[i] = static_cast<Element>(carry[i]);
     for (int64_t s = 0; s < rows; s++) {
         const int64_t t = reverse ? rows - 1 - s : s;
         const Element* __restrict vt = v + t * v_step;
-        const Element* __restrict at = a + t * a_step;
         Element* __restrict ut = u + t * u_step;
-        if (uniform) {
-            const Wide factor = static_cast<Wide>(*at);
-            #pragma GCC ivdep
-            for (int64_t i = 0; i < columns; i++) {
-                carry[i] = factor * carry[i] + static_cast<Wide>(vt[i]);
-                ut[i] = static_cast<Element>(carry[i]);
-            }
-        } else {
+        if (kind == FULL) {
+            const Element* __restrict at = a + t * a_step;
             #pragma GCC ivdep
             for (int64_t i = 0; i < columns; i++) {
                 carry[i] = static_cast<Wide>(at[i]) * carry[i] + static_cast<Wide>(vt[i]);
+                ut[i] = static_cast<Element>(carry[i]);
+            }
+        } else {
+            const Wide factor = kind == ONES ? Wide(1) : static_cast<Wide>(a[t * a_step]);
+            #pragma GCC ivdep
+            for (int64_t i = 0; i < columns; i++) {
+                carry[i] = factor * carry[i] + static_cast<Wide>(vt[i]);
                 ut[i] = static_cast<Element>(carry[i]);
             }
         }
@@ -70,16 +79,20 @@ static void walk(const Element* v, const Element* a, const Element* initial, Ele
 }
 
 extern "C" void kernel(const ELEMENT* v, const ELEMENT* a, const ELEMENT* initial, ELEMENT* u,
-                       int64_t has_initial, int64_t rows, int64_t columns, int64_t v_step, int64_t a_step,
-                       int64_t uniform, int64_t reverse, int64_t threads) {
+                       int64_t kind, int64_t has_initial, int64_t rows, int64_t columns, int64_t v_step,
+                       int64_t a_step, int64_t reverse, int64_t whole, int64_t threads) {
+    Element* edge = whole ? u : nullptr;
+    if (whole) u += columns;
+    threads = std::max(int64_t(1), std::min(threads, rows * columns / LEAST));
     // Whole cache lines per thread: 64 columns are at least two of them.
     const int64_t share = std::min(STRETCH, ((columns + threads - 1) / threads + 63) / 64 * 64);
     const int64_t shares = (columns + share - 1) / share;
-    #pragma omp parallel for num_threads(threads) if (shares > 1)
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < shares; i++) {
         const int64_t first = i * share;
-        walk(v + first, uniform ? a : a + first, has_initial ? initial + first : nullptr, u + first, rows,
-             std::min(share, columns - first), v_step, a_step, columns, uniform, reverse);
+        walk(v + first, kind == FULL ? a + first : a, has_initial ? initial + first : nullptr, u + first,
+             edge ? edge + first : nullptr, rows, std::min(share, columns - first), v_step, a_step, columns,
+             kind, reverse);
     }
 }
 """
@@ -94,7 +107,7 @@ def kernel(dtype: torch.dtype) -> Kernel | None:
     source = _SOURCE.replace("ELEMENT", element).replace("ACCUMULATOR", accumulator)
     pointers = [f"const {element}*"] * 3 + [f"{element}*"]
     try:
-        return _compat.load_cpp_kernel([*pointers, *["int64_t"] * 8], source)
+        return _compat.load_cpp_kernel([*pointers, *["int64_t"] * 9], source)
     except Exception as error:  # a missing compiler shows itself in many ways
         log.warning(
             "The C++ kernel of the linear scan cannot be compiled, so a slow loop takes its place (%s: %s).",
@@ -104,15 +117,23 @@ def kernel(dtype: torch.dtype) -> Kernel | None:
         return None
 
 
-def linear_scan(kernel: Kernel, v: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-    """See :func:`.op.linear_scan`; ``v`` is not empty."""
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+def linear_scan(
+    kernel: Kernel, v: Tensor, a: Tensor | None, initial: Tensor | None, reverse: bool, whole: bool
+) -> Tensor:
+    """See :func:`.op.linear_scan`; ``v`` is not empty; without ``a`` all coefficients are one.
+
+    With ``whole`` (and not in reverse) the result begins with the initial row.
+    """
+    out = rows_like(v, whole)
     rows, columns = v.shape[0], v[0].numel()
     terms, term_step = rows_of(v, columns)
-    coefficients, step, uniform = coefficients_of(a, v, columns)
     start: Any = out if initial is None else initial.contiguous()
+    coefficients, step, kind = out, 0, _ONES
+    if a is not None:
+        coefficients, step, uniform = coefficients_of(a, v, columns)
+        kind = _OF_ROWS if uniform else _FULL
     kernel(
-        terms, coefficients, start, out, int(initial is not None), rows, columns, term_step, step,
-        int(uniform), int(reverse), torch.get_num_threads(),
+        terms, coefficients, start, out, kind, int(initial is not None), rows, columns, term_step,
+        step, int(reverse), int(whole), torch.get_num_threads(),
     )  # fmt: skip
     return out

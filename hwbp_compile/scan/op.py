@@ -39,7 +39,7 @@ def linear_scan(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bo
     return result
 
 
-def _check(v: Tensor, a: Tensor, initial: Tensor | None) -> None:
+def check(v: Tensor, a: Tensor, initial: Tensor | None) -> None:
     """Raise ValueError for operands that do not fit: a kernel would read past their ends."""
     fits = (
         v.dim() > 0
@@ -62,31 +62,31 @@ def _check(v: Tensor, a: Tensor, initial: Tensor | None) -> None:
 
 @torch.library.impl("hwbp_compile::linear_scan", "default")
 def _anywhere(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
-    _check(v, a, initial)
-    return loop.linear_scan(v, a, initial, reverse)
+    check(v, a, initial)
+    return loop.linear_scan(v, a, initial, reverse, False)
 
 
 @torch.library.impl("hwbp_compile::linear_scan", "cpu")
 def _cpu(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
-    _check(v, a, initial)
+    check(v, a, initial)
     kernel = cpp.kernel(v.dtype) if v.numel() else None
     if kernel is None:
-        return loop.linear_scan(v, a, initial, reverse)
-    return cpp.linear_scan(kernel, v, a, initial, reverse)
+        return loop.linear_scan(v, a, initial, reverse, False)
+    return cpp.linear_scan(kernel, v, a, initial, reverse, False)
 
 
 @torch.library.impl("hwbp_compile::linear_scan", "cuda")
 def _cuda(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
-    _check(v, a, initial)
+    check(v, a, initial)
     kernel = triton.kernel() if v.numel() else None
     if kernel is None:
-        return loop.linear_scan(v, a, initial, reverse)
-    return cast(Tensor, kernel(v, a, initial, reverse))
+        return loop.linear_scan(v, a, initial, reverse, False)
+    return cast(Tensor, kernel(v, a, initial, reverse, False))
 
 
 @torch.library.register_fake("hwbp_compile::linear_scan")
 def _fake(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bool = False) -> Tensor:
-    _check(v, a, initial)
+    check(v, a, initial)
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 

@@ -5,7 +5,15 @@ Each call of an operator to look at a tensor takes as long as a kernel, so sizes
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def rows_like(v: Tensor, whole: bool) -> Tensor:
+    """Memory for a result: as many rows as ``v`` has, or one more."""
+    if whole:
+        return v.new_empty((v.shape[0] + 1, *v.shape[1:]))
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 def rows_of(x: Tensor, columns: int) -> tuple[Tensor, int]:

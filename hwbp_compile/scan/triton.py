@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..launching import on_device_of
-from .rows import coefficients_of, rows_of
+from .rows import coefficients_of, rows_like, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ def kernel() -> Callable[..., Any] | None:
     @triton.jit
     def walk(  # type: ignore[no-untyped-def]
         v, a, initial, u, rows, columns, v_step, a_step, length,
-        UNIFORM: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
-        TILE: tl.constexpr, COLUMNS: tl.constexpr,
+        UNIFORM: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr, WHOLE: tl.constexpr,
+        WIDE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         # Each program: so many rows (a length), each stretch from an initial row of its own.
         c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -107,6 +107,11 @@ def kernel() -> Callable[..., Any] | None:
         if HAS_INITIAL:
             at = tl.program_id(1).to(tl.int64) * columns + c
             carry = tl.load(initial + at, c < columns, 0).to(WIDE)
+        if WHOLE:
+            # The result begins with the first program's initial row.
+            if tl.program_id(1) == 0:
+                tl.store(u + c, carry.to(u.dtype.element_ty), c < columns)
+            u += columns
         begin = tl.program_id(1) * length
         for first in range(begin, tl.minimum(begin + length, rows), TILE):
             product, total, t, here = tile_of(
@@ -120,8 +125,8 @@ def kernel() -> Callable[..., Any] | None:
     globals().update(tl=tl, compose=compose, tile_of=tile_of, last_of=last_of)
     wide = {torch.float64: tl.float64}
 
-    def run(v: Tensor, a: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    def run(v: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, whole: bool) -> Tensor:
+        out = rows_like(v, whole)
         rows = v.shape[0]
         columns = v.numel() // rows
         terms, step = rows_of(v, columns)
@@ -129,12 +134,13 @@ def kernel() -> Callable[..., Any] | None:
         programs, tiles = triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _TILE)
         kind = wide.get(v.dtype, tl.float32)
         given = (rows, columns, step, factor_step)
+        start = out if initial is None else initial.contiguous()
+        has_start = initial is not None
         with on_device_of(v):
             if programs >= _FEW or not _MANY_TILES <= tiles <= _MOST_TILES:
-                start = out if initial is None else initial.contiguous()
                 walk[programs, 1](
                     terms, factors, start, out, *given, tiles * _TILE,
-                    uniform, initial is not None, reverse, kind, _TILE, _COLUMNS,
+                    uniform, has_start, reverse, whole, kind, _TILE, _COLUMNS,
                 )  # fmt: skip
                 return out
             dtype = torch.promote_types(v.dtype, torch.float32)
@@ -144,17 +150,13 @@ def kernel() -> Callable[..., Any] | None:
             )
             # What each tile begins with, the first from the initial row.
             starts = v.new_empty((tiles + 1, columns), dtype=dtype)
-            if initial is None:
-                starts[0].zero_()
-            else:
-                starts[0].copy_(initial.reshape(-1))
             walk[programs, 1](
-                totals, products, starts, starts[1:], tiles, columns, columns, columns,
-                triton.cdiv(tiles, _TILE) * _TILE, False, True, False, kind, _TILE, _COLUMNS,
+                totals, products, start, starts, tiles, columns, columns, columns,
+                triton.cdiv(tiles, _TILE) * _TILE, False, has_start, False, True, kind, _TILE, _COLUMNS,
             )  # fmt: skip
             walk[programs, tiles](
                 terms, factors, starts, out, *given, _TILE,
-                uniform, True, reverse, kind, _TILE, _COLUMNS,
+                uniform, True, reverse, whole, kind, _TILE, _COLUMNS,
             )  # fmt: skip
         return out
 
