@@ -67,12 +67,12 @@ class Product:
 class Work:
     """Of some nodes: the products, each a call, and the kernels of all else, fused as a compiler would.
 
-    ``bytes`` are what the kernels read and write; ``depth`` is how many products follow one another.
+    Of each kernel it is known what it reads and writes, in bytes; ``depth`` is how many products follow one
+    another.
     """
 
     products: list[Product] = field(default_factory=list)
-    bytes: Amount = field(default_factory=lambda: NOTHING)
-    kernels: int = 0
+    kernels: list[Amount] = field(default_factory=list)
     depth: int = 0
 
     @property
@@ -80,14 +80,20 @@ class Work:
         """Of all products."""
         return functools.reduce(operator.add, (p.flops for p in self.products), NOTHING)
 
+    @property
+    def bytes(self) -> Amount:
+        """Of all kernels."""
+        return functools.reduce(operator.add, self.kernels, NOTHING)
+
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Work:
         """The same for other values of the symbols."""
-        return replace(self, products=[p.at(sizes) for p in self.products], bytes=self.bytes.at(sizes))
+        return replace(
+            self, products=[p.at(sizes) for p in self.products], kernels=[k.at(sizes) for k in self.kernels]
+        )
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.products + other.products,
-            self.bytes + other.bytes,
             self.kernels + other.kernels,
             self.depth + other.depth,
         )
@@ -129,8 +135,7 @@ def work_of(nodes: Sequence[Node], is_free: Callable[[Node], bool] = lambda _: F
         group[leader(n)] = leader(alone[0])
     return Work(
         [_product(n) for n in products],
-        functools.reduce(operator.add, _moved(group, leader, chosen), NOTHING),
-        len({leader(n) for n in group}),
+        _moved(group, leader, chosen),
         max((level[n] + 1 for n in products), default=0),
     )
 
@@ -149,18 +154,22 @@ def _levels(nodes: Sequence[Node], chosen: set[Node]) -> dict[Node, int]:
 
 
 def _moved(group: dict[Node, Node], leader: Callable[[Node], Node], chosen: set[Node]) -> list[Amount]:
-    reads: set[tuple[Node, Node]] = set()
-    writes: set[Node] = set()
+    """What each kernel reads and writes."""
+    reads: dict[tuple[Node, Node], None] = {}
+    writes: dict[Node, None] = {}
     for node in group:
         for n in _behind_views(node, chosen):
             if n not in group:
-                reads.add((leader(node), n))
+                reads[leader(node), n] = None
             elif leader(n) is not leader(node):
-                reads.add((leader(node), n))
-                writes.add(n)
+                reads[leader(node), n] = None
+                writes[n] = None
         if any(u not in group for u in _users_behind_views(node)):
-            writes.add(node)
-    return [_size(n) for _, n in reads] + [_size(n) for n in writes]
+            writes[node] = None
+    total = {leader(n): NOTHING for n in group}
+    for kernel, node in [*reads, *((leader(n), n) for n in writes)]:
+        total[kernel] += _size(node)
+    return list(total.values())
 
 
 def _behind_views(node: Node, chosen: set[Node]) -> list[Node]:

@@ -16,7 +16,7 @@ from .emit import Schedule
 from .views import concatenated, is_view, row_of, views_of
 from .work import Work, work_of
 
-_ENOUGH = 0.85
+_ENOUGH = 0.92
 """The share of the exact backward pass's time that an approximate one may be expected to take at most."""
 _KERNEL, _PRODUCT = 2.0, 1.0
 """A call from generated code, of a kernel or in addition to a product, in calls of a small operator."""
@@ -99,7 +99,7 @@ class Comparison:
         )
         return "; ".join(
             f"{name}: {work.flops.formula} FLOP in {len(work.products)} products, {work.depth} in sequence, "
-            f"{work.bytes.formula} bytes in {work.kernels} kernels, about {seconds * 1e3:.3g} ms"
+            f"{work.bytes.formula} bytes in {len(work.kernels)} kernels, about {seconds * 1e3:.3g} ms"
             for name, work, seconds in parts
         )
 
@@ -174,9 +174,10 @@ def seconds_of(work: Work, device: torch.device, calls: float) -> float:
     equal = Counter((p.sizes, p.dtype) for p in work.products if p.sizes)
     with _compat.outside_of_tracing():
         operator = operator_seconds(device, threads)
-        total = (calls + _KERNEL * work.kernels) * operator
-        if moved := work.bytes.value:
-            total += moved / bandwidth(device, threads, _power(moved / max(work.kernels, 1)), fresh=False)
+        total = (calls + _KERNEL * len(work.kernels)) * operator
+        for moved in work.kernels:
+            if moved.value:
+                total += moved.value / bandwidth(device, threads, _power(moved.value), fresh=False)
         for product in work.products:
             side = _power((product.flops.value / 2) ** (1 / 3))
             batch, rows, inner, columns = [n.value for n in product.sizes] or (1, side, side, side)

@@ -66,7 +66,7 @@ def around(cell: CellGraph, nodes: Sequence[Node], case: Case, steps: int) -> Li
     total, products = _products_seconds(nodes, once, case, steps)
     if moved := work.bytes.value * steps:
         total += moved / bandwidth(case.device, case.threads, _NEW)
-    calls = _calls(case).kernel * (work.kernels + products)
+    calls = _calls(case).kernel * (len(work.kernels) + products)
     return Line(calls * operator_seconds(case.device, case.threads), total / steps)
 
 

@@ -220,7 +220,7 @@ def _costs(comparison: Comparison) -> tuple[CostReport, CostReport]:
             len(work.products),
             work.depth,
             str(work.bytes.formula),
-            work.kernels,
+            len(work.kernels),
             seconds,
         )
         for work, seconds in (
