@@ -106,7 +106,9 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
 def main() -> None:
     made = parser(__doc__, threads=2, repeats=100)
     made.add_argument("--rows", type=int, nargs=2, default=[0, len(GRID)], help="first and last of the grid")
-    made.add_argument("--save", type=Path, metavar="FILE", help="append what is found as JSON, a line a model")
+    made.add_argument(
+        "--save", type=Path, metavar="FILE", help="append what is found as JSON, a line a model"
+    )
     arguments = made.parse_args()
     set_up(arguments)
     verdicts = [

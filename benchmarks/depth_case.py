@@ -62,7 +62,7 @@ K = "k = 2"
 ITERATED: dict[str, dict[str, Any]] = {f"k = {k}": {"iterations": k, "apply": "always"} for k in (0, 1, 2, 4)}
 SETTINGS = ITERATED | {"auto": {}}
 STACKED = {
-    f"stacked, {name}": options for name, options in ({"exact": {"apply": "never"}} | ITERATED).items()
+    f"stacked, {name}": options for name, options in ({"exact": {"apply": "never"}} | SETTINGS).items()
 }
 """With parameters in stacks; exact is Inductor's, apart from the gradients of rows."""
 ALL = {"inductor": None, "exact": {"iterations": "exact"}, **SETTINGS, **STACKED}

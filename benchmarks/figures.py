@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,37 @@ def draw_depth(found: list[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
 
 
+def draw_sizes(found: list[dict[str, Any]], path: Path) -> None:
+    """Speedup of a step against width, a line a batch size; backward passes against depth, a line a k.
+
+    The rows are one family's. Those of the depth that most of them have are drawn against width, those of the
+    width and batch that most have against depth.
+    """
+    depth = statistics.mode(row["depth"] for row in found)
+    wide = sorted((r for r in found if r["depth"] == depth), key=lambda r: (r["batch"], r["width"]))
+    sizes = statistics.mode((row["width"], row["batch"]) for row in found)
+    deep = sorted((r for r in found if (r["width"], r["batch"]) == sizes), key=lambda r: r["depth"])
+    with page(3, path) as axes:
+        for axis, name in zip(axes, ("k = 2", "stacked, k = 2"), strict=False):
+            for batch in dict.fromkeys(row["batch"] for row in wide):
+                rows = [row for row in wide if row["batch"] == batch]
+                ratios = [ratio(row["settings"], name, "step") for row in rows]
+                axis.plot([row["width"] for row in rows], ratios, "o-", label=f"B {batch}")
+            axis.axhline(1, color="black", linewidth=1)
+            axis.set_xscale("log", base=2)
+            axis.set(title=f"{name}, L {depth}", ylabel="speedup of a step", xlabel="width")
+            axis.grid(alpha=0.3)
+        for name in deep[0]["settings"]:
+            rows = [row for row in deep if name in row["settings"]]
+            times = [row["settings"][name]["backward"] for row in rows]
+            axes[2].plot([row["depth"] for row in rows], times, "o-", label=name)
+        axes[2].set(
+            title=f"d {sizes[0]}, B {sizes[1]}", ylabel="backward pass, ms", xlabel="depth", ylim=(0, None)
+        )
+        axes[2].legend(fontsize="x-small")
+        axes[2].grid(alpha=0.3)
+
+
 def ratio(settings: dict[str, dict[str, Any]], name: str, what: str) -> float:
     """Of the times of the first setting and of this one; nan where one is missing."""
     base = next(iter(settings.values())).get(what, math.nan)
@@ -99,6 +131,7 @@ def main() -> None:
     parser.add_argument("--paper", type=Path, metavar="FILE")
     parser.add_argument("--curves", type=Path, metavar="FILE")
     parser.add_argument("--depth", type=Path, metavar="FILE")
+    parser.add_argument("--sizes", type=Path, metavar="FILE")
     parser.add_argument("--folder", type=Path, default=Path())
     arguments = parser.parse_args()
     if arguments.paper:
@@ -107,6 +140,8 @@ def main() -> None:
         draw_curves(read_lines(arguments.curves), arguments.folder / "curves.png")
     if arguments.depth:
         draw_depth(read_lines(arguments.depth), arguments.folder / "depth.png")
+    if arguments.sizes:
+        draw_sizes(read_lines(arguments.sizes), arguments.folder / "sizes.png")
 
 
 if __name__ == "__main__":
