@@ -191,12 +191,31 @@ def test_states(
     torch.testing.assert_close(found[1:], expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("coefficient", [1.0, 0.5, "rows", "full"])
+def test_gradients_of_states(coefficient: float | str) -> None:
+    first, terms = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3,), (5, 3)))
+    if isinstance(coefficient, float):
+        assert torch.autograd.gradcheck(lambda u, v: states(u, v, coefficient), (first, terms))
+        return
+    a = torch.rand(5, 1 if coefficient == "rows" else 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(states, (first, terms, a))
+
+
 def test_states_as_an_operator() -> None:
     first, terms = torch.randn(3), torch.randn(5, 3)
     for a in (None, torch.rand(5, 1)):
         torch.library.opcheck(torch.ops.hwbp_compile.states.default, (first, terms, a))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_states_that_do_not_fit(device: str) -> None:
+    first, terms = torch.randn(3, device=device), torch.randn(5, 3, device=device)
     with pytest.raises(ValueError, match="broadcasts to it"):
-        states(torch.randn(3, device="meta"), torch.randn(5, 4, device="meta"), 1.0)
+        states(first[:2], terms, 1.0)
+    with pytest.raises(ValueError, match="broadcasts to it"):
+        states(first, terms, torch.rand(4, 1, device=device))
+    with pytest.raises(ValueError, match="one floating-point dtype"):
+        states(first.double(), terms, 0.5)
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 0.5, None, "tensor"])

@@ -1,8 +1,8 @@
 """``hwbp_compile::states``: all states along a residual path in one call, from the first on.
 
 It is what a schedule calls, once an iteration. So it does not do what :func:`.op.linear_scan` does for
-everybody, and takes half as long to call: it has no gradient, and its operands are looked at only when a
-graph is traced.
+everybody, and takes half as long to call: it has no gradient, and whether its operands fit is looked at when a
+graph is traced, not in each step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cpp, loop, triton
-from .op import check
+from .op import check, linear_scan
 
 torch.library.define(
     "hwbp_compile::states",
@@ -25,7 +25,7 @@ torch.library.define(
 def states(first: Tensor, terms: Tensor, a: Tensor | float) -> Tensor:
     """Return ``u[0] = first``, ``u[p + 1] = terms[p] + a[p] u[p]``, stacked: ``[T + 1, ...]``.
 
-    Half precision is accumulated in float32 and rounded once per element.
+    Half precision is accumulated in float32 and rounded once per element. Differentiable in all tensors.
 
     Args:
         first: one state.
@@ -33,9 +33,14 @@ def states(first: Tensor, terms: Tensor, a: Tensor | float) -> Tensor:
         a: coefficients ``[T, ...]`` of the same dtype; one number for all rows, if it is a float.
 
     Raises:
-        ValueError: shapes or dtypes do not fit; when the call is traced.
+        ValueError: shapes or dtypes do not fit.
     """
     coefficients = a if isinstance(a, Tensor) else None if a == 1.0 else _same(terms, a)
+    check(terms, terms if coefficients is None else coefficients, first)
+    tensors = [x for x in (first, terms, coefficients) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):  # a solver on its own
+        later = linear_scan(terms, _same(terms, 1.0) if coefficients is None else coefficients, first)
+        return torch.cat([first.unsqueeze(0), later])
     result: Tensor = torch.ops.hwbp_compile.states.default(first, terms, coefficients)
     return result
 
@@ -70,5 +75,4 @@ def _cuda(first: Tensor, terms: Tensor, a: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("hwbp_compile::states")
 def _fake(first: Tensor, terms: Tensor, a: Tensor | None) -> Tensor:
-    check(terms, _same(terms, 1.0) if a is None else a, first)
     return terms.new_empty((terms.shape[0] + 1, *terms.shape[1:]))
