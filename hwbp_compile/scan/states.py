@@ -1,8 +1,8 @@
 """``hwbp_compile::states``: all states along a residual path in one call, from the first on.
 
 It is what a schedule calls, once an iteration. So it does not do what :func:`.op.linear_scan` does for
-everybody, and takes half as long to call: it has no gradient, and whether its operands fit is looked at when a
-graph is traced, not in each step.
+everybody, and takes half as long to call: it has no gradient, and whether its operands fit is looked at when
+a graph is traced, not in each step.
 """
 
 from __future__ import annotations
