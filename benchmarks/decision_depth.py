@@ -86,7 +86,7 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
     right = whole[chosen] <= 1.03 * min(whole.values())
     costs = max(chains, key=lambda c: c.blocks).costs
     if arguments.save:
-        expected = [cost.seconds for cost in costs]
+        expected = {name: 1e3 * cost.seconds for name, cost in zip(("exact", "iterated"), costs, strict=True)}
         here = {"stacked": stacked, "k": k, "expected": expected, "measured": times, "chosen": chosen}
         add_line(arguments.save, asdict(row) | {"threads": arguments.threads} | here)
     backward = (

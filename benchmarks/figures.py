@@ -1,6 +1,7 @@
 """Draw what benchmarks kept: final losses against k, losses against wall time, and how much faster steps are.
 
 python benchmarks/figures.py --paper paper.jsonl --curves curves.jsonl --depth depth.jsonl --folder benchmarks
+python benchmarks/figures.py --sizes sizes.jsonl --folder benchmarks
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def draw_sizes(found: list[dict[str, Any]], path: Path) -> None:
         for axis, name in zip(axes, ("k = 2", "stacked, k = 2"), strict=False):
             for batch in dict.fromkeys(row["batch"] for row in wide):
                 rows = [row for row in wide if row["batch"] == batch]
+                if len(rows) == 1:
+                    continue
                 ratios = [ratio(row["settings"], name, "step") for row in rows]
                 axis.plot([row["width"] for row in rows], ratios, "o-", label=f"B {batch}")
             axis.axhline(1, color="black", linewidth=1)
@@ -111,7 +114,7 @@ def draw_sizes(found: list[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.3)
         for name in deep[0]["settings"]:
             rows = [row for row in deep if name in row["settings"]]
-            times = [row["settings"][name]["backward"] for row in rows]
+            times = [row["settings"][name].get("backward", math.nan) for row in rows]
             axes[2].plot([row["depth"] for row in rows], times, "o-", label=name)
         axes[2].set(
             title=f"d {sizes[0]}, B {sizes[1]}", ylabel="backward pass, ms", xlabel="depth", ylim=(0, None)

@@ -16,14 +16,15 @@ from collections import Counter
 from depth_case import ALL, Case
 from depth_models import FAMILIES, Row
 from measuring import PRECISIONS, Step, parser, set_up
+from torch._C._autograd import DeviceType
 from torch._inductor import config
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "convolutions": r"conv",
-    "products": r"mm\b|mm_out|baddbmm|addmm|gemm|linear|attention|cutlass|xmma",
-    "generated kernels": r"^graph_|cpp_fused|triton_",
     "ours": r"hwbp_compile",
+    "generated kernels": r"^graph_\d+_|^cpp_fused|^triton_",
+    "convolutions": r"\bconv|_conv|convolution",
+    "products": r"mm\b|mm_out|baddbmm|addmm|gemm|linear|attention|cutlass|xmma",
     "optimizer": r"_fused_adam|Optimizer",
     "autograd's bookkeeping": r"AccumulateGrad|autograd::engine|CompiledFunction",
 }
@@ -36,7 +37,10 @@ def kind_of(name: str) -> str:
 
 
 def profiled(step: Step, repeats: int) -> tuple[Counter[str], Counter[str]]:
-    """Milliseconds of a step by kind, and by name: an operator's own, without those that it calls."""
+    """Milliseconds of a step by kind, and by name: an operator's own, without those that it calls.
+
+    On a GPU those of its kernels. Python between operators is in neither.
+    """
     cuda = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
     with profile(activities=activities) as found:
@@ -45,6 +49,8 @@ def profiled(step: Step, repeats: int) -> tuple[Counter[str], Counter[str]]:
     kinds: Counter[str] = Counter()
     names: Counter[str] = Counter()
     for event in found.key_averages():
+        if cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue  # an operator's time there is its kernels', which come by themselves
         own = event.self_device_time_total if cuda else event.self_cpu_time_total
         kinds[kind_of(event.key)] += own / repeats / 1e3
         names[event.key] += own / repeats / 1e3
@@ -76,7 +82,7 @@ def show(title: str, step: Step, arguments: argparse.Namespace) -> None:
     plain = statistics.median(step.parts()[-1] for _ in range(arguments.repeats))
     kinds, names = profiled(step, arguments.repeats)
     total = kinds.total()
-    print(f"{title}: {1e3 * plain:.2f} ms, profiled {total:.2f} ms")
+    print(f"{title}: {1e3 * plain:.2f} ms; in operators, profiled, {total:.2f} ms")
     for kind, ms in kinds.most_common():
         print(f"  {kind:24} {ms:8.3f} ms  {100 * ms / total:5.1f} %")
     for name, ms in names.most_common(arguments.names):

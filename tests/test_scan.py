@@ -7,11 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import _compat
 from hwbp_compile.residual import ResidualPath
 from hwbp_compile.scan import cpp, linear_scan, loop, scan_path
 from hwbp_compile.scan.naive import linear_scan_naive
+from hwbp_compile.scan.path import _running_sum
 from hwbp_compile.scan.states import states
 
 dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -191,16 +193,6 @@ def test_states(
     torch.testing.assert_close(found[1:], expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("coefficient", [1.0, 0.5, "rows", "full"])
-def test_gradients_of_states(coefficient: float | str) -> None:
-    first, terms = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3,), (5, 3)))
-    if isinstance(coefficient, float):
-        assert torch.autograd.gradcheck(lambda u, v: states(u, v, coefficient), (first, terms))
-        return
-    a = torch.rand(5, 1 if coefficient == "rows" else 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(states, (first, terms, a))
-
-
 def test_states_as_an_operator() -> None:
     first, terms = torch.randn(3), torch.randn(5, 3)
     for a in (None, torch.rand(5, 1)):
@@ -218,16 +210,57 @@ def test_states_that_do_not_fit(device: str) -> None:
         states(first.double(), terms, 0.5)
 
 
-@pytest.mark.parametrize("coefficient", [1.0, 0.5, None, "tensor"])
+@pytest.mark.parametrize(
+    ("coefficient", "dtype"),
+    [
+        *((coefficient, dtype) for coefficient in (1.0, 0.5, None, "tensor") for dtype in dtypes),
+        (1.0, torch.complex128),  # kernels have no complex numbers
+        (None, torch.complex128),
+    ],
+)
 @pytest.mark.parametrize("terms", [False, True])
-def test_one_component(coefficient: object, terms: bool) -> None:
-    blocks, first = 6, torch.randn(3).double()
-    later = torch.randn(blocks, 3).double() if terms else None
-    entry = torch.rand(blocks, 3).double() if coefficient == "tensor" else coefficient
-    (found,) = scan_path(ResidualPath(((entry,),)), (0,), (first,), (later,), blocks)  # type: ignore[arg-type]
+@pytest.mark.parametrize("traced", [False, True])
+def test_one_component(coefficient: object, terms: bool, traced: bool, dtype: torch.dtype) -> None:
+    blocks, first = 6, torch.randn(3).to(dtype)
+    later = torch.randn(blocks, 3).to(dtype) if terms else None
+    entry = torch.rand(blocks, 3).to(dtype) if coefficient == "tensor" else coefficient
+
+    def scanned(*tensors: Tensor) -> Tensor:
+        path = ResidualPath(((entry,),))  # type: ignore[arg-type]
+        (found,) = scan_path(path, (0,), tensors[:1], (tensors[1] if terms else None,), blocks)
+        return found
+
+    inputs = (first,) if later is None else (first, later)
+    found = (make_fx(scanned)(*inputs) if traced else scanned)(*inputs)
     row, expected = first, [first]
     for p in range(blocks):
         k = entry[p] if isinstance(entry, torch.Tensor) else 0.0 if entry is None else entry
         row = k * row + (later[p] if later is not None else 0.0)
         expected.append(row)
-    torch.testing.assert_close(found, torch.stack(expected))
+    tolerance = 2e-2 if dtype.itemsize == 2 else 1e-6
+    torch.testing.assert_close(found, torch.stack(expected), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("coefficient", [1.0, 0.5, "tensor"])
+def test_gradients_of_a_path(coefficient: float | str) -> None:
+    """Of a solver on its own: in graphs nothing is differentiated."""
+    first, later, tensor = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3,), (5, 3), (5, 3))
+    )
+
+    def scanned(first: Tensor, later: Tensor, tensor: Tensor) -> Tensor:
+        path = ResidualPath(((tensor if coefficient == "tensor" else coefficient,),))  # type: ignore[arg-type]
+        return scan_path(path, (0,), (first,), (later,), 5)[0]
+
+    assert torch.autograd.gradcheck(scanned, (first, later, tensor))
+
+
+@pytest.mark.parametrize("dtype", dtypes)
+def test_running_sum(dtype: torch.dtype) -> None:
+    """What stands for the recurrence in graphs for GPUs, with a number of rows that is not known."""
+    traced = make_fx(lambda u, v: _running_sum(u, v, v.shape[0]), tracing_mode="symbolic")
+    graph = traced(torch.randn(3).to(dtype), torch.randn(4, 3).to(dtype))
+    first, terms = torch.randn(3).to(dtype), torch.randn(9, 3).to(dtype)
+    expected = states(first, terms, 1.0)
+    tolerance = 2e-2 if dtype.itemsize == 2 else 1e-6
+    torch.testing.assert_close(graph(first, terms), expected, rtol=tolerance, atol=tolerance)

@@ -50,15 +50,21 @@ from triton.compiler import ASTSource
 from hwbp_compile.scan.triton import kernel
 kernels = [c.cell_contents for c in kernel().__closure__ if isinstance(c.cell_contents, triton.JITFunction)]
 assert len(kernels) == 2
-for element, wide in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
+single, double = tl.float32, tl.float64
+for element, wide, whole in (
+    ("fp32", single, True), ("bf16", single, False), ("fp64", double, False), ("mixed", single, True)
+):
     for uniform in (True, False):
         for each in kernels:
-            constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=uniform, WHOLE=not uniform, WIDE=wide)
+            constants = dict(UNIFORM=uniform, HAS_INITIAL=True, REVERSE=not whole, WHOLE=whole, WIDE=wide)
             constants.update(TILE=64, COLUMNS=16)
             constants = {n: c for n, c in constants.items() if n in each.arg_names}
             signature = {n: "constexpr" if n in constants else "i32" for n in each.arg_names}
             pointers = {n for n in ("v", "a", "initial", "u", "products", "totals") if n in signature}
-            signature.update(dict.fromkeys(pointers, "*" + element))
+            # What tiles begin with is wide, from an initial row that may be narrow.
+            kinds = {"initial": "bf16"} if element == "mixed" else {}
+            named = "fp32" if element == "mixed" else element
+            signature.update({n: "*" + kinds.get(n, named) for n in pointers})
             places = {(each.arg_names.index(n),): value for n, value in constants.items()}
             source = ASTSource(fn=each, signature=signature, constexprs=places)
             assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hwbp_compile import explain
 from hwbp_compile.passes import worth
 from hwbp_compile.passes.pipeline import Outcome
+from hwbp_compile.passes.work import Amount, Work
 
 pytestmark = pytest.mark.measured
 
@@ -77,6 +78,17 @@ def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
         assert b.flops.formula.subs(symbol, 4) == a.flops.formula == sympy.Integer(a.flops.value)
     assert "FLOP in" in str(free)
     assert str(symbol) in str(free)
+
+
+def test_kernels_are_as_fast_as_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is charged at the rate of its own bytes: small ones stay in a cache."""
+    monkeypatch.setattr(worth, "operator_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(worth, "bandwidth", lambda _, __, size, fresh: 1.0 / size)
+    sizes = (3 << 14, 3 << 20, 5, 1 << 40)
+    work = Work(kernels=[Amount(sympy.Integer(n), n) for n in sizes])
+    rates = (1 << 16, 1 << 22, 1 << 14, 1 << 25)
+    found = worth.seconds_of(work, torch.device("cpu"), 0.0)
+    assert found == sum(n * rate for n, rate in zip(sizes, rates, strict=True))
 
 
 def test_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ _KERNEL, _PRODUCT = 2.0, 1.0
 _READ, _RETURNED, _COPIED, _KEPT = 1.1, 2.5, 3.0, 0.5
 """A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, a
 parameter that is copied into a stack, and what is given as a row of a stack, in calls of a small operator."""
+_SMALLEST, _LARGEST = 1 << 14, 1 << 25
+"""Bytes moved by a kernel beyond which it is as fast as these."""
 _AROUND = 8
 """How far from the value of a symbol, up and down, the decision is made for other values."""
 
@@ -176,8 +178,8 @@ def seconds_of(work: Work, device: torch.device, calls: float) -> float:
         operator = operator_seconds(device, threads)
         total = (calls + _KERNEL * len(work.kernels)) * operator
         for moved in work.kernels:
-            if moved.value:
-                total += moved.value / bandwidth(device, threads, _power(moved.value), fresh=False)
+            size = min(max(_power(moved.value), _SMALLEST), _LARGEST)
+            total += moved.value / bandwidth(device, threads, size, fresh=False)
         for product in work.products:
             side = _power((product.flops.value / 2) ** (1 / 3))
             batch, rows, inner, columns = [n.value for n in product.sizes] or (1, side, side, side)

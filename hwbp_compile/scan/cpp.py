@@ -43,7 +43,7 @@ using Element = ELEMENT;
 using Wide = ACCUMULATOR;
 
 constexpr int64_t STRETCH = 2048;
-// Elements per thread: to wake another one takes as long as some ten thousand of them.
+// Elements per thread: to wake another one takes as long as some tens of thousands.
 constexpr int64_t LEAST = 1 << 16;
 
 // What a coefficient is: one, a number for each row, or for each of its columns.
@@ -87,6 +87,7 @@ extern "C" void kernel(const ELEMENT* v, const ELEMENT* a, const ELEMENT* initia
     // Whole cache lines per thread: 64 columns are at least two of them.
     const int64_t share = std::min(STRETCH, ((columns + threads - 1) / threads + 63) / 64 * 64);
     const int64_t shares = (columns + share - 1) / share;
+    threads = std::min(threads, shares);
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < shares; i++) {
         const int64_t first = i * share;

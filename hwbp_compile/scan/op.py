@@ -45,7 +45,7 @@ def check(v: Tensor, a: Tensor, initial: Tensor | None) -> None:
         v.dim() > 0
         and a.dim() == v.dim()
         and a.shape[0] == v.shape[0]
-        and all(n in (1, m) for n, m in zip(a.shape[1:], v.shape[1:], strict=True))
+        and all(n in (m, 1) for n, m in zip(a.shape[1:], v.shape[1:], strict=True))
         and (initial is None or initial.shape == v.shape[1:])
     )
     if not fits:

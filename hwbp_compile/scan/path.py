@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _compat
 from ..residual import Coefficient, ResidualPath, add_values, apply
-from .states import states
+from .op import linear_scan
+from .states import same_for_all, states
 
 State = tuple[Tensor, ...]
 
@@ -36,8 +38,8 @@ def scan_path(
 def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blocks: int) -> Tensor:
     """One component's recurrence, all rows.
 
-    On CPUs it is our operator wherever there is a recurrence, and that makes the first row too: nothing is
-    fused into it or into what reads it, so that all iterations have the same kernels, compiled once.
+    In a graph it is one operator that makes the first row too. Nothing is fused into it or into what reads it,
+    so that all iterations have the same kernels, compiled once.
     """
     if terms is None and isinstance(coefficient, float) and coefficient == 1.0:
         return first.unsqueeze(0).expand((blocks + 1, *first.shape)).contiguous()
@@ -45,15 +47,21 @@ def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blo
         terms = first.new_zeros((1, *first.shape)).expand((blocks, *first.shape))
     if coefficient is None:
         return torch.cat([first.unsqueeze(0), terms])
+    in_a_graph = _compat.graph_being_traced() is not None
+    if isinstance(coefficient, float) and coefficient == 1.0:
+        ours = in_a_graph and first.device.type == "cpu" and first.is_floating_point()
+        return states(first, terms, 1.0) if ours else _running_sum(first, terms, blocks)
     if isinstance(coefficient, Tensor):
-        return states(first, terms, coefficient.to(terms.dtype))
-    if coefficient == 1.0 and not (first.device.type == "cpu" and first.is_floating_point()):
-        return _running_sum(first, terms, blocks)
-    return states(first, terms, coefficient)
+        coefficient = coefficient.to(terms.dtype)
+    if in_a_graph:
+        return states(first, terms, coefficient)
+    if isinstance(coefficient, float):
+        coefficient = same_for_all(terms, coefficient)
+    return torch.cat([first.unsqueeze(0), linear_scan(terms, coefficient, first)])
 
 
 def _running_sum(first: Tensor, terms: Tensor, blocks: int) -> Tensor:
-    """The recurrence with coefficients of one by operators that compilers know.
+    """The recurrence with coefficients of one, by operators that compilers know: GPUs scan in generated code.
 
     The first row is made where the others are, by a term of zero before them: a concatenation would copy all,
     and compilers write the parts that they know into it long before the others, which takes its memory.
