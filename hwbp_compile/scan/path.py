@@ -38,8 +38,8 @@ def scan_path(
 def _scan_one(coefficient: Coefficient, first: Tensor, terms: Tensor | None, blocks: int) -> Tensor:
     """One component's recurrence, all rows.
 
-    In a graph it is one operator that makes the first row too. Nothing is fused into it or into what reads it,
-    so that all iterations have the same kernels, compiled once.
+    In a graph it is one operator that makes the first row too. Nothing is fused into it or into what reads
+    it, so that all iterations have the same kernels, compiled once.
     """
     if terms is None and isinstance(coefficient, float) and coefficient == 1.0:
         return first.unsqueeze(0).expand((blocks + 1, *first.shape)).contiguous()
