@@ -197,6 +197,28 @@ def graph_being_traced() -> fx.Graph | None:
     return None if mode is None else mode.tracer.graph
 
 
+def after_backward_pass(results: Any, call: Callable[[], None]) -> None:
+    """Have a function called once the backward pass of a compiled graph is done.
+
+    Args:
+        results: what the graph returned. Where no result is the compiled function's own, such as a view that
+            is made again outside of it, nothing is called; nor where torch compiles the whole backward pass,
+            which calls hooks while it traces.
+        call: what to call.
+    """
+    from torch._dynamo import compiled_autograd
+
+    def after(*_: Any) -> None:
+        if not (compiled_autograd.compiled_autograd_enabled or compiled_autograd.in_compiled_autograd_region):
+            call()
+
+    for result in results if isinstance(results, (tuple, list)) else [results]:
+        node = result.grad_fn if isinstance(result, torch.Tensor) else None
+        if type(node).__name__ == "CompiledFunctionBackward" and node is not None:
+            node.register_hook(after)
+            return
+
+
 def copies_of(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """Copies of numbers, made by one call and on a GPU by one kernel; clones would be as many."""
     return list(torch._foreach_mul(tensors, 1))

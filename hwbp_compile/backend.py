@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule
 
 from . import _compat
 from .control.choices import Findings
-from .control.variants import Program, Variants
+from .control.program import Program
+from .control.variants import Variants
 from .options import Options, parse_options
 from .passes.apart import take_apart
 from .passes.pipeline import rewrite, simplified
@@ -69,21 +70,16 @@ def highway(
         compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
         graph_pass = HighwayPass(options, keeps_records, open_sizes_of(gm).traced)
         run: Callable[..., Any] = compiler(gm, inputs, inductor, graph_pass)
+        program = Program(run, keeps_records, is_sure=graph_pass.records is not None)
         if keeps_records and graph_pass.records is False:
-            unused = new_records(inputs[-1].device, options.records_blocks)
-            run, keeps_records = partial(_with_last, run, unused), False
-        return Program(run, keeps_records), Findings(layers, graph_pass.comparisons)
+            program.records_nothing(new_records(inputs[-1].device, options.records_blocks))
+        return program, Findings(layers, graph_pass.comparisons)
 
     return Variants(gm, example_inputs, ours, compile, cuda_graphs)
 
 
 setattr(highway, MARK, True)
 install()
-
-
-def _with_last(run: Callable[..., Any], last: Any, *args: Any) -> Any:
-    """Call what was traced with one more input, which nothing writes to after all."""
-    return run(*args, last)
 
 
 class HighwayPass:

@@ -6,15 +6,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from small_models import compiled, model
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import hwbp_compile.backend as backend
-from hwbp_compile import Options
+from hwbp_compile import Options, monitor
+from hwbp_compile.control.program import Program
+from hwbp_compile.control.variants import Variants
 
 SCRIPT = """
 import sys, torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.utils import counters
 k = sys.argv[1]
 torch.manual_seed(0)
@@ -61,3 +71,75 @@ def test_identity_for_the_caches_changes_with_options_and_sources(monkeypatch: p
     monkeypatch.setattr(backend, "_source_hash", lambda: "other")
     ids += [backend.HighwayPass(Options(iterations=1)).uuid()]
     assert len(set(ids)) == len(ids)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """What is compiled meanwhile."""
+    found: list[Program] = []
+    compile_for = Variants._compile_for
+
+    def listed(self: Variants, *args: Any) -> Any:
+        program, findings = compile_for(self, *args)
+        found.append(program)
+        return program, findings
+
+    monkeypatch.setattr(Variants, "_compile_for", listed)
+    return found
+
+
+@pytest.mark.parametrize("iterated", [True, False])
+def test_code_from_a_cache_shows_what_it_records(iterated: bool, programs: list[Program]) -> None:
+    """That it was not rewritten nobody says: the first backward pass does, and not the forward passes."""
+    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+    options = {"iterations": 2, "apply": "always", "min_blocks": 2 if iterated else 100}
+    with fresh_cache():
+        compiled(m, codegen="inductor", **options)(x).sum().backward()
+        expected = [p.grad.clone() for p in m.parameters() if p.grad is not None]
+        assert [(p.records, p.is_sure) for p in programs] == [(iterated, True)]
+        torch._dynamo.reset()
+        counters.clear()
+        c = compiled(m, codegen="inductor", **options)
+        ys = [c(x), c(x)]
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    (_, program) = programs
+    assert (program.records, program.is_sure) == (True, False)
+    for y in ys:
+        m.zero_grad()
+        y.sum().backward()
+        assert all(torch.equal(p.grad, e) for p, e in zip(m.parameters(), expected, strict=True))
+    assert (program.records, program.is_sure) == (iterated, True)
+    m.zero_grad()
+    c(x).sum().backward()
+    assert all(torch.equal(p.grad, e) for p, e in zip(m.parameters(), expected, strict=True))
+    assert [len(chain.steps) for chain in monitor(m).current] == [2] * iterated
+
+
+def test_results_that_are_views_say_nothing(programs: list[Program]) -> None:
+    """They are made again outside of the compiled function, and are differentiated before it."""
+    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+
+    def view(x: Tensor) -> Tensor:
+        return m(x).t()
+
+    compiled(view, iterations=2, apply="always")(x)
+    (program,) = programs
+    program.is_sure = False
+    c = x.clone().requires_grad_()
+    program.watch([c.t(), 3], torch.full((1, 1), -1.0))
+    c.t().sum().backward()
+    assert (program.records, program.is_sure) == (True, False)
+
+
+def test_a_compiled_backward_pass_says_nothing(programs: list[Program]) -> None:
+    """Its hooks are called while it is traced, when nothing has been recorded yet."""
+    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+    c = compiled(m, iterations=2, apply="always")
+    c(x)
+    (program,) = programs
+    program.is_sure = False
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        c(x).sum().backward()
+    assert (program.records, program.is_sure) == (True, False)
+    c(x).sum().backward()
+    assert (program.records, program.is_sure) == (True, True)

@@ -23,20 +23,13 @@ from ..options import Options
 from ..passes.record import new_records
 from ..ranges import Range
 from .choices import Choices, Findings
+from .program import Program
 from .runs import Runs
 
 log = logging.getLogger(__name__)
 
 KEPT = 16
 """Compiled settings of one graph; the one that was used longest ago gives way to another."""
-
-
-class Program(NamedTuple):
-    """A graph, compiled."""
-
-    run: Callable[..., Any]
-    records: bool
-    """Whether its last input is memory for records, besides the inputs of the graph."""
 
 
 Compile = Callable[[GraphModule, Sequence[Any], Options, bool], tuple[Program, Findings]]
@@ -116,7 +109,10 @@ class Variants:
             return program.run(*args)
         records = runs.memory(self._device, options)
         runs.began(options, records)
-        return program.run(*args, records)
+        results = program.run(*args, records)
+        if not program.is_sure:
+            program.watch(results, records)
+        return results
 
     def _runs_of(self, args: Sequence[Any]) -> Runs:
         """What belongs to the model that runs: equal models share one compiled graph."""
