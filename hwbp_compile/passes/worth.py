@@ -16,8 +16,9 @@ from .emit import Schedule
 from .views import concatenated, is_view, row_of, views_of
 from .work import Work, work_of
 
-_ENOUGH = 0.92
-"""The share of the exact backward pass's time that an approximate one may be expected to take at most."""
+_ENOUGH = 0.85
+"""The share of the exact backward pass's time that an approximate one may be expected to take at most: with
+less to gain the forward pass, which keeps stacks, may lose it."""
 _KERNEL, _PRODUCT = 2.0, 1.0
 """A call from generated code, of a kernel or in addition to a product, in calls of a small operator."""
 _READ, _RETURNED, _COPIED, _KEPT = 1.1, 2.5, 3.0, 0.5
