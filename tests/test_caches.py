@@ -88,10 +88,10 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return found
 
 
-@pytest.mark.parametrize("iterated", [True, False])
+@pytest.mark.parametrize("iterated", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_code_from_a_cache_shows_what_it_records(iterated: bool, programs: list[Program]) -> None:
     """That it was not rewritten nobody says: the first backward pass does, and not the forward passes."""
-    m, x = model(), torch.randn(5, 4, dtype=torch.float64)
+    m, x = model(3), torch.randn(5, 4, dtype=torch.float64)
     options = {"iterations": 2, "apply": "always", "min_blocks": 2 if iterated else 100}
     with fresh_cache():
         compiled(m, codegen="inductor", **options)(x).sum().backward()
