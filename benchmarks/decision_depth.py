@@ -85,14 +85,11 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
     whole = {name: parts[-1] for name, parts in times.items()}
     right = whole[chosen] <= 1.03 * min(whole.values())
     costs = max(chains, key=lambda c: c.blocks).costs
+    expected = {name: 1e3 * cost.seconds for name, cost in zip(("exact", "iterated"), costs, strict=True)}
     if arguments.save:
-        expected = {name: 1e3 * cost.seconds for name, cost in zip(("exact", "iterated"), costs, strict=True)}
         here = {"stacked": stacked, "k": k, "expected": expected, "measured": times, "chosen": chosen}
         add_line(arguments.save, asdict(row) | {"threads": arguments.threads} | here)
-    backward = (
-        f"{name} {1e3 * cost.seconds:7.3f} expected {times[name][1]:7.3f} ms"
-        for name, cost in zip(("exact", "iterated"), costs, strict=True)
-    )
+    backward = (f"{name} {ms:7.3f} expected {times[name][1]:7.3f} ms" for name, ms in expected.items())
     verdict = Verdict(whole["exact"], whole[chosen], right)
     print(
         f"{row!s:28} {'stacked ' if stacked else 'ordinary'} k {k}: backward {', '.join(backward)}; "

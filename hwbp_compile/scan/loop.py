@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import rows_like
+from .rows import rows_like, same_for_all
 
 
-def linear_scan(v: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, whole: bool) -> Tensor:
-    """See :func:`.op.linear_scan`; ``whole`` (not in reverse): the result begins with the initial row."""
+def linear_scan(v: Tensor, a: Tensor | None, initial: Tensor | None, reverse: bool, whole: bool) -> Tensor:
+    """See :func:`.op.linear_scan` and, for ``whole`` and no coefficients, :func:`.cpp.linear_scan`."""
+    a = same_for_all(v, 1.0) if a is None else a
     result = out = rows_like(v, whole)
     carry = v.new_zeros(v.shape[1:]) if initial is None else initial
     if whole:

@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import _compat
 from ..residual import Coefficient, ResidualPath, add_values, apply
 from .op import linear_scan
-from .states import same_for_all, states
+from .rows import same_for_all
+from .states import states
 
 State = tuple[Tensor, ...]
 

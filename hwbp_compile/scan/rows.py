@@ -16,6 +16,12 @@ def rows_like(v: Tensor, whole: bool) -> Tensor:
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+def same_for_all(terms: Tensor, coefficient: float) -> Tensor:
+    """One coefficient for all rows, as a tensor."""
+    one = (1,) * (terms.dim() - 1)
+    return terms.new_full((1, *one), coefficient).expand(terms.shape[0], *one)
+
+
 def rows_of(x: Tensor, columns: int) -> tuple[Tensor, int]:
     """``x`` with rows that are contiguous, and how far apart they lie."""
     if not _has_contiguous_rows(x):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import cpp, loop, triton
 from .op import check
+from .rows import same_for_all
 
 torch.library.define(
     "hwbp_compile::states",
@@ -41,32 +42,25 @@ def states(first: Tensor, terms: Tensor, a: Tensor | float) -> Tensor:
     return result
 
 
-def same_for_all(terms: Tensor, coefficient: float) -> Tensor:
-    """One coefficient for all rows, as a tensor."""
-    one = (1,) * (terms.dim() - 1)
-    return terms.new_full((1, *one), coefficient).expand(terms.shape[0], *one)
-
-
 @torch.library.impl("hwbp_compile::states", "default")
 def _anywhere(first: Tensor, terms: Tensor, a: Tensor | None) -> Tensor:
-    return loop.linear_scan(terms, same_for_all(terms, 1.0) if a is None else a, first, False, True)
+    return loop.linear_scan(terms, a, first, False, True)
 
 
 @torch.library.impl("hwbp_compile::states", "cpu")
 def _cpu(first: Tensor, terms: Tensor, a: Tensor | None) -> Tensor:
     kernel = cpp.kernel(terms.dtype) if terms.numel() else None
     if kernel is None:
-        return loop.linear_scan(terms, same_for_all(terms, 1.0) if a is None else a, first, False, True)
+        return loop.linear_scan(terms, a, first, False, True)
     return cpp.linear_scan(kernel, terms, a, first, False, True)
 
 
 @torch.library.impl("hwbp_compile::states", "cuda")
 def _cuda(first: Tensor, terms: Tensor, a: Tensor | None) -> Tensor:
     kernel = triton.kernel() if terms.numel() else None
-    coefficients = same_for_all(terms, 1.0) if a is None else a
     if kernel is None:
-        return loop.linear_scan(terms, coefficients, first, False, True)
-    return cast(Tensor, kernel(terms, coefficients, first, False, True))
+        return loop.linear_scan(terms, a, first, False, True)
+    return cast(Tensor, kernel(terms, a, first, False, True))
 
 
 @torch.library.register_fake("hwbp_compile::states")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..launching import on_device_of
-from .rows import coefficients_of, rows_like, rows_of
+from .rows import coefficients_of, rows_like, rows_of, same_for_all
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +125,12 @@ def kernel() -> Callable[..., Any] | None:
     globals().update(tl=tl, compose=compose, tile_of=tile_of, last_of=last_of)
     wide = {torch.float64: tl.float64}
 
-    def run(v: Tensor, a: Tensor, initial: Tensor | None, reverse: bool, whole: bool) -> Tensor:
+    def run(v: Tensor, a: Tensor | None, initial: Tensor | None, reverse: bool, whole: bool) -> Tensor:
         out = rows_like(v, whole)
         rows = v.shape[0]
         columns = v.numel() // rows
         terms, step = rows_of(v, columns)
-        factors, factor_step, uniform = coefficients_of(a, v, columns)
+        factors, factor_step, uniform = coefficients_of(same_for_all(v, 1.0) if a is None else a, v, columns)
         programs, tiles = triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _TILE)
         kind = wide.get(v.dtype, tl.float32)
         given = (rows, columns, step, factor_step)
