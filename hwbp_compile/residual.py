@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import networkx as nx
+import torch
 from torch import Tensor
 
 Coefficient: TypeAlias = Tensor | float | None
@@ -68,6 +70,13 @@ class ResidualPath:
     def is_zero(self) -> bool:
         """Whether no path is left at all."""
         return all(entry is None for row in self.entries for entry in row)
+
+    @cached_property
+    def diagonal(self) -> tuple[Coefficient, ...]:
+        """The coefficients that scans read, in each iteration; those that are tensors are made once."""
+        return tuple(
+            _once(e) if isinstance(e, Tensor) else e for e in (r[i] for i, r in enumerate(self.entries))
+        )
 
     def map(self, f: Callable[[Coefficient], Coefficient]) -> ResidualPath:
         """Apply ``f`` to every entry that is not zero."""
@@ -138,3 +147,9 @@ class ResidualPath:
         graph.remove_edges_from([(j, i) for j, i in graph.edges if not kept(i, j)])
         order = tuple(nx.lexicographical_topological_sort(graph))
         return scannable, rest, order
+
+
+def _once(x: Tensor) -> Tensor:
+    # Inductor hands each operator a copy of its own of what it can fuse, and takes away copies that seem to
+    # do nothing; a slice of a concatenation it hands on as it is.
+    return torch.cat([x.new_ones((1, *x.shape[1:])), x])[1:]

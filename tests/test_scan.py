@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import _compat
@@ -264,3 +267,17 @@ def test_running_sum(dtype: torch.dtype) -> None:
     expected = states(first, terms, 1.0)
     tolerance = 2e-2 if dtype.itemsize == 2 else 1e-6
     torch.testing.assert_close(graph(first, terms), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_scans_of_all_iterations_read_the_same_coefficients() -> None:
+    """An LSTM's are its forget gates the other way round: made once, not anew for each scan."""
+    m = torch.nn.LSTM(3, 8)
+    options = {"iterations": 2, "apply": "always", "group_size": 1}
+    c = torch.compile(m, backend="highway", options=options, dynamic=False)
+    with fresh_cache():
+        _, code = run_and_get_code(lambda: c(torch.randn(64, 2, 3))[0].sum().backward())
+    calls = re.findall(r"hwbp_compile\.states\.default\((.*)\)", code[-1])
+    read = [re.findall(r"\bbuf\d+", arguments)[-1] for arguments in calls]
+    assert len(read) == 3
+    assert len(set(read)) == 1

@@ -32,7 +32,7 @@ def scan_path(
         for j, entry in enumerate(path.entries[i]):
             if j != i and entry is not None:
                 terms = add_values(terms, apply(entry, done[j][:-1]))
-        done[i] = _scan_one(path.entries[i][i], first[i], terms, blocks)
+        done[i] = _scan_one(path.diagonal[i], first[i], terms, blocks)
     return tuple(done[i] for i in range(path.size))
 
 
