@@ -316,8 +316,23 @@ def compile_with_inductor(
 
     patches = dict(patches)
     patches["joint_custom_pre_pass"] = _compose(_user_passes(patches), graph_pass)
+    _compute_operands_in_place()
     with _stacks_are_kept:
         return compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+@functools.cache
+def _compute_operands_in_place() -> None:
+    """Have what our operators read computed where it is in the graph.
+
+    Inductor does so for operators that it has no code for, but only once it has met one in this process.
+    Until then it computes the rows of a stack where that is made, at the end of the forward pass, in kernels
+    that differ from layer to layer. And the second model of a process would get other code than the first.
+    """
+    from torch._inductor.lowering import add_needs_realized_inputs
+
+    ours = torch.ops.hwbp_compile
+    add_needs_realized_inputs([getattr(ours, name).default for name in ("stack", "states", "observe")])
 
 
 def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:

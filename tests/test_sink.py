@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from compare import kept_beside
 from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile.passes.linear_ops import op_name
@@ -209,3 +210,19 @@ def test_scalars_of_a_wider_type() -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_kernels_of_the_forward_pass_do_not_depend_on_the_depth() -> None:
+    """Rows of a stack are computed where they are in the graph, not where it is made."""
+    counts = []
+    for depth in (12, 24):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Block(32) for _ in range(depth)))
+        options = {"iterations": 2, "apply": "always"}
+        compiled = torch.compile(model, backend="highway", options=options, dynamic=False)
+        with fresh_cache():
+            _, code = run_and_get_code(lambda c=compiled: c(torch.randn(4, 32)).sum().backward())
+        counts.append(code[0].count("async_compile.cpp_pybinding("))
+    assert 0 < counts[0] == counts[1]
