@@ -101,8 +101,7 @@ class HighwayPass:
         options = self.options
         if not options.is_iterated:
             drop_observations(graph)
-            simplified(graph, join_row_gradients)
-            simplified(graph, take_apart)
+            simplified(graph, join_row_gradients, take_apart)
             return
         record = rewrite(graph, options, keeps_records=self.keeps_records)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)

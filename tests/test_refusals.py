@@ -10,6 +10,7 @@ from compare import recorded, rewritten
 from families import mlp
 from small_models import D, Unbatchable, chain, check_exact, compiled, grads, model
 from torch import Tensor, nn
+from torch.fx import Graph, Node
 
 import hwbp_compile.passes.pipeline as pipeline
 from hwbp_compile.passes.linear_ops import FIRST, LINEARITY, register_linear
@@ -203,3 +204,19 @@ def test_failure_while_inserting_leaves_everything_exact(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pipeline, "insert_schedule", fail_afterwards)
     check_exact_after_internal_error()
+
+
+@pytest.mark.parametrize("name", ["join_row_gradients", "sink_stacks", "restack", "take_apart"])
+def test_failure_while_simplifying_takes_it_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[Node] = []
+
+    def spoil(graph: Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            a, b = node.args
+            node.args = (a, graph.create_node("call_function", torch.ops.aten.neg.default, (b,)))
+            changed.append(node)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pipeline, name, spoil)
+    check_exact(model(), torch.randn(5, 4).double(), iterations=6)
+    assert changed

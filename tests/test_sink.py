@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from compare import kept_beside
 from torch import Tensor, nn
+from torch._inductor.lowering import needs_realized_inputs
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hwbp_compile import _compat
 from hwbp_compile.passes.linear_ops import op_name
 from hwbp_compile.passes.sink import sink_stacks
 from hwbp_compile.passes.views import concatenated
@@ -213,16 +215,19 @@ def test_scalars_of_a_wider_type() -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_the_forward_pass_do_not_depend_on_the_depth() -> None:
-    """Rows of a stack are computed where they are in the graph, not where it is made."""
+def test_stacks_take_no_kernels_of_their_own() -> None:
+    """Their rows are computed where they are in the graph, not where a stack is made."""
+    # As in a new process.
+    needs_realized_inputs.discard(torch.ops.hwbp_compile.stack.default)
+    _compat._compute_operands_in_place.cache_clear()
     counts = []
-    for depth in (12, 24):
+    for backend, options in (("highway", {"iterations": 2, "apply": "always"}), ("inductor", None)):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = nn.Sequential(*(Block(32) for _ in range(depth)))
-        options = {"iterations": 2, "apply": "always"}
-        compiled = torch.compile(model, backend="highway", options=options, dynamic=False)
+        model = nn.Sequential(*(Block(32) for _ in range(12)))
+        compiled = torch.compile(model, backend=backend, options=options, dynamic=False)
         with fresh_cache():
             _, code = run_and_get_code(lambda c=compiled: c(torch.randn(4, 32)).sum().backward())
         counts.append(code[0].count("async_compile.cpp_pybinding("))
-    assert 0 < counts[0] == counts[1]
+    ours, theirs = counts
+    assert 0 < ours <= theirs

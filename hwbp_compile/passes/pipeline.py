@@ -67,7 +67,9 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
         done.seconds[name] = done.seconds.get(name, 0.0) + now - clock
         clock = now
 
-    simplified(graph, join_row_gradients)
+    # As it was, for whatever fails before a schedule is in the graph.
+    backup = _compat.copy_graph(graph)
+    simplified(graph, join_row_gradients, backup=backup)
     lap("join")
     part = linear_part(graph)
     done.needs_gradient = bool(part.order)
@@ -85,31 +87,36 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
         done.outcomes.append(_outcome(graph, each, options.for_chain(chosen, i), part, taken))
         lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
-        done.outcomes = _insert_all(graph, done.outcomes)
+        done.outcomes = _insert_all(graph, done.outcomes, backup)
         lap("insert")
     live = needed_without_records(graph)
     _record(graph, done.outcomes, keeps_records)
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
-    if any(outcome.schedule is not None for outcome in done.outcomes):
-        simplified(graph, sink_stacks)
-        simplified(graph, restack)
-        lap("restack")
-    simplified(graph, take_apart)
-    lap("apart")
+    is_rewritten = any(outcome.schedule is not None for outcome in done.outcomes)
+    simplified(graph, *[sink_stacks, restack] * is_rewritten, take_apart)
+    lap("simplify")
     return done
 
 
-def simplified(graph: Graph, simplify: Callable[[Graph], object]) -> None:
-    """Apply a pass that the result does not depend on; nothing happens if it fails."""
-    backup = _compat.copy_graph(graph)
+def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> None:
+    """Apply passes that the result does not depend on; nothing happens if one of them fails.
+
+    Args:
+        graph: changed in place.
+        passes: one after the other.
+        backup: a copy of a graph that computes the same, to go back to; by default one that is made here.
+    """
+    backup = _compat.copy_graph(graph) if backup is None else backup
     try:
-        simplify(graph)
+        for each in passes:
+            each(graph)
         graph.lint()
     except _compat.restart_exceptions():
         raise
     except Exception:
-        log.warning("%s is left out after an internal error.", simplify.__name__, exc_info=True)
+        names = ", ".join(each.__name__ for each in passes)
+        log.warning("%s: left out after an internal error.", names, exc_info=True)
         _compat.restore_graph(graph, backup)
 
 
@@ -129,9 +136,8 @@ def _record(graph: Graph, outcomes: list[Outcome], keep: bool) -> None:
         graph.eliminate_dead_code()
 
 
-def _insert_all(graph: Graph, outcomes: list[Outcome]) -> list[Outcome]:
-    """Put the schedules into the graph, the longest chain first; as it was if that fails."""
-    backup = _compat.copy_graph(graph)
+def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Outcome]:
+    """Put the schedules into the graph, the longest chain first; if that fails it becomes ``backup``."""
     renamed: dict[Node, Node] = {}
     done: dict[int, Outcome] = {}
     try:
