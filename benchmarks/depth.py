@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from allocations import memory_of
 from depth_case import ALL, CHOSEN, GRIDS, Case, K, caches_in, compile_seconds
-from depth_models import FAMILIES, Row
+from depth_models import FAMILIES, Row, add_row, row_of
 from json_lines import add_line, read_lines
 from measuring import (
     PRECISIONS,
@@ -220,7 +220,7 @@ def arguments_of_command() -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, default="float32")
     add("--grid", choices=list(GRIDS), help="by default that of the device")
     add("--only", choices=list(FAMILIES), action="append", help="of the grid only these")
-    add("--row", nargs=5, metavar=("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE"), action="append")
+    add_row(made, action="append")
     add("--settings", nargs="*", choices=list(ALL), help="the first is what the others are compared with")
     add("--compile-time", action="store_true", help="compile with empty caches first")
     add("--cuda-graphs", action="store_true", help="also the whole step in a CUDA graph")
@@ -237,6 +237,7 @@ def arguments_of_command() -> argparse.Namespace:
         made.error("--prepare needs --cache")
     if arguments.cuda_graphs and arguments.device != "cuda":
         made.error("--cuda-graphs needs --device cuda")
+    arguments.row = [row_of(made, values) for values in arguments.row or ()]
     return arguments
 
 
@@ -244,9 +245,7 @@ def main() -> None:
     start = time.perf_counter()
     arguments = arguments_of_command()
     grid = arguments.grid or arguments.device
-    rows = [Row(family, *map(int, sizes)) for family, *sizes in arguments.row or ()] or [
-        row for row in GRIDS[grid] if not arguments.only or row.family in arguments.only
-    ]
+    rows = arguments.row or [row for row in GRIDS[grid] if not arguments.only or row.family in arguments.only]
     names = arguments.settings or CHOSEN[grid]
     if arguments.cache:  # the processes have no pools of processes of their own
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

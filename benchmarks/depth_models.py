@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,3 +143,19 @@ FAMILIES: dict[str, Callable[[Row], tuple[nn.Module, Tensor]]] = {
     "mixer": mixer,
     "resnet": resnet,
 }
+
+
+def add_row(parser: argparse.ArgumentParser, **settings: object) -> None:
+    """Have a script take a row of the user's own: ``--row mlp 32 64 4 1``."""
+    names = ("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE")
+    parser.add_argument("--row", nargs=5, metavar=names, **settings)  # type: ignore[arg-type]
+
+
+def row_of(parser: argparse.ArgumentParser, values: list[str]) -> Row:
+    """The row that was asked for so."""
+    family, *sizes = values
+    if family not in FAMILIES:
+        parser.error(f"there is no family {family!r}; there are {', '.join(FAMILIES)}")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        parser.error(f"the sizes of a row are positive integers, not {' '.join(sizes)}")
+    return Row(family, *map(int, sizes))

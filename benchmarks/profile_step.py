@@ -14,7 +14,7 @@ import statistics
 from collections import Counter
 
 from depth_case import ALL, Case
-from depth_models import FAMILIES, Row
+from depth_models import add_row, row_of
 from measuring import PRECISIONS, Step, parser, set_up
 from torch._C._autograd import DeviceType
 from torch._inductor import config
@@ -60,16 +60,12 @@ def profiled(step: Step, repeats: int) -> tuple[Counter[str], Counter[str]]:
 def main() -> None:
     made = parser(__doc__, threads=2, repeats=30)
     made.add_argument("--precision", choices=PRECISIONS, default="float32")
-    names = ("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE")
-    made.add_argument("--row", nargs=5, metavar=names, required=True)
+    add_row(made, required=True)
     made.add_argument("--settings", nargs="*", choices=list(ALL), default=["inductor", "stacked, exact"])
     made.add_argument("--names", type=int, default=0, help="also the operators that take most, so many")
     arguments = made.parse_args()
     set_up(arguments)
-    family, *sizes = arguments.row
-    if family not in FAMILIES:
-        made.error(f"there is no family {family!r}; there are {', '.join(FAMILIES)}")
-    row = Row(family, *map(int, sizes))
+    row = row_of(made, arguments.row)
     case = Case(row, arguments)
     with config.patch({"cpp.enable_kernel_profile": True}):
         for name in arguments.settings:
