@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -197,10 +197,11 @@ def graph_being_traced() -> fx.Graph | None:
     return None if mode is None else mode.tracer.graph
 
 
-def after_backward_pass(results: Any, call: Callable[[], None]) -> None:
+def after_backward_pass(args: Sequence[Any], results: Any, call: Callable[[], None]) -> None:
     """Have a function called once the backward pass of a compiled graph is done.
 
     Args:
+        args: what the graph was given, which may come from another compiled graph, and be returned as it is.
         results: what the graph returned. Where no result is the compiled function's own, such as a view that
             is made again outside of it, nothing is called; nor where torch compiles the whole backward pass,
             which calls hooks while it traces.
@@ -212,9 +213,10 @@ def after_backward_pass(results: Any, call: Callable[[], None]) -> None:
         if not (compiled_autograd.compiled_autograd_enabled or compiled_autograd.in_compiled_autograd_region):
             call()
 
+    others = {x.grad_fn for x in args if isinstance(x, torch.Tensor)}
     for result in results if isinstance(results, (tuple, list)) else [results]:
         node = result.grad_fn if isinstance(result, torch.Tensor) else None
-        if type(node).__name__ == "CompiledFunctionBackward" and node is not None:
+        if type(node).__name__ == "CompiledFunctionBackward" and node is not None and node not in others:
             node.register_hook(after)
             return
 
@@ -316,14 +318,14 @@ def compile_with_inductor(
 
     patches = dict(patches)
     patches["joint_custom_pre_pass"] = _compose(_user_passes(patches), graph_pass)
-    _compute_operands_in_place()
+    _compute_operands_where_they_are()
     with _stacks_are_kept:
         return compile_fx(gm, list(example_inputs), config_patches=patches)
 
 
 @functools.cache
-def _compute_operands_in_place() -> None:
-    """Have what our operators read computed where it is in the graph.
+def _compute_operands_where_they_are() -> None:
+    """Have what our operators read computed at its place in the graph, not at theirs.
 
     Inductor does so for operators that it has no code for, but only once it has met one in this process.
     Until then it computes the rows of a stack where that is made, at the end of the forward pass, in kernels
@@ -331,8 +333,10 @@ def _compute_operands_in_place() -> None:
     """
     from torch._inductor.lowering import add_needs_realized_inputs
 
-    ours = torch.ops.hwbp_compile
-    add_needs_realized_inputs([getattr(ours, name).default for name in ("stack", "states", "observe")])
+    for name in torch._C._dispatch_get_all_op_names():
+        library, _, name = name.partition("::")
+        if library == "hwbp_compile":
+            add_needs_realized_inputs(getattr(torch.ops.hwbp_compile, name.partition(".")[0]).default)
 
 
 def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
@@ -502,9 +506,24 @@ def frame_being_compiled() -> Any:
     return None if identity is None else identity.frame_id
 
 
-def in_backward_pass() -> bool:
-    """Whether autograd's engine makes this call."""
-    return bool(torch._C._current_graph_task_id() != -1)
+class Saving(NamedTuple):
+    """Who takes care of the tensors that are saved for a backward pass here."""
+
+    is_hooked: bool
+    """Whether anybody does besides autograd: what is saved may be copied, or left out."""
+    for_checkpoint: bool
+    """Whether a checkpoint leaves them out, and computes them again in the backward pass."""
+    again: bool
+    """Whether a checkpoint is doing so right now."""
+
+
+def saving() -> Saving:
+    """See :class:`Saving`; of a checkpoint with ``use_reentrant=True`` nothing is to be seen."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return Saving(False, False, False)
+    name = getattr(hooks[0], "__qualname__", "")
+    return Saving(True, name.startswith("_checkpoint_hook."), name.startswith("_recomputation_hook."))
 
 
 def known_of_sizes(example_inputs: Sequence[Any]) -> Any:

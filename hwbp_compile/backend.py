@@ -60,7 +60,7 @@ def highway(
         if not by_op and not (on_gpu and cuda_graphs and not torch.is_grad_enabled()):
             plain = run_as_it_is(gm, layers, keeps_records)
             if plain is not None:
-                return Program(plain, records=False), Findings(layers, ())
+                return Program(plain, has_memory=False), Findings(layers, ())
         if not by_op and trained_scans(gm):
             log.warning(
                 "A scan stays torch's own, and Inductor computes wrong gradients for some of these, so its "

@@ -116,10 +116,21 @@ def test_code_from_a_cache_shows_what_it_records(iterated: bool, programs: list[
 
 def test_results_that_are_views_say_nothing() -> None:
     """They are made again outside of the compiled function, and are differentiated before it."""
-    program = Program(lambda *_: None, records=True, is_sure=False)
+    program = Program(lambda *_: None, has_memory=True, is_sure=False)
     y = torch.randn(5, 4, requires_grad=True).t()
-    program.watch([y, 3], new_records(torch.device("cpu"), False))
+    program.watch([], [y, 3], new_records(torch.device("cpu"), False))
     y.sum().backward()
+    assert (program.records, program.is_sure) == (True, False)
+
+
+def test_the_graph_that_an_input_comes_from_says_nothing() -> None:
+    """It may be returned as it is; its own backward pass is another one's."""
+    m = model()
+    h = compiled(m)(torch.randn(5, 4, dtype=torch.float64))
+    assert type(h.grad_fn).__name__ == "CompiledFunctionBackward"
+    program = Program(lambda *_: None, has_memory=True, is_sure=False)
+    program.watch([h], [h], new_records(torch.device("cpu"), False))
+    h.sum().backward()
     assert (program.records, program.is_sure) == (True, False)
 
 

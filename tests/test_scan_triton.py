@@ -35,6 +35,10 @@ for dtype, tolerance in tolerances.items():
                         expected = torch.cat([initial.unsqueeze(0), expected])
                     assert found.dtype == dtype and found.is_contiguous()
                     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+# Without coefficients all are one.
+v, first = torch.randn(70, 3), torch.randn(3)
+expected = torch.cat([first.unsqueeze(0), first + v.cumsum(0)])
+torch.testing.assert_close(kernel(v, None, first, False, True), expected, rtol=1e-5, atol=1e-5)
 # The products of coefficients overflow, what they multiply is zero.
 for rows in (130, 640):
     v, a = torch.zeros(rows, 3), torch.full((rows, 3), 8.0)

@@ -219,7 +219,7 @@ def test_stacks_take_no_kernels_of_their_own() -> None:
     """Their rows are computed where they are in the graph, not where a stack is made."""
     # As in a new process.
     needs_realized_inputs.discard(torch.ops.hwbp_compile.stack.default)
-    _compat._compute_operands_in_place.cache_clear()
+    _compat._compute_operands_where_they_are.cache_clear()
     counts = []
     for backend, options in (("highway", {"iterations": 2, "apply": "always"}), ("inductor", None)):
         torch._dynamo.reset()
@@ -229,5 +229,6 @@ def test_stacks_take_no_kernels_of_their_own() -> None:
         with fresh_cache():
             _, code = run_and_get_code(lambda c=compiled: c(torch.randn(4, 32)).sum().backward())
         counts.append(code[0].count("async_compile.cpp_pybinding("))
+        assert ("hwbp_compile.stack" in code[0]) is (backend == "highway")
     ours, theirs = counts
     assert 0 < ours <= theirs

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Reversible
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING
@@ -66,11 +66,14 @@ class AutoIterations:
         self._seen, self._looks = begins - 1, 0
         self._unread: deque[Entry] = deque(maxlen=RECENT)
         self._waiting, self._decided = False, False
+        self._unheard = False
+        """Whether no watched step has recorded anything, which may stay so."""
         self.warned = warned
 
-    def take_in(self, history: Reversible[Entry]) -> None:
+    def take_in(self, history: Iterable[Entry]) -> None:
         """Judge what was recorded since the last time."""
-        new = list(takewhile(lambda entry: entry.number > self._seen, reversed(history)))
+        steps = tuple(history)  # other threads may begin more
+        new = list(takewhile(lambda entry: entry.number > self._seen, reversed(steps)))
         if new:
             self._seen = new[0].number
             self._unread.extend(entry for entry in reversed(new) if entry.options.is_iterated)
@@ -95,11 +98,13 @@ class AutoIterations:
         """The first watched steps whose records have not come."""
         return list(islice((entry for entry in self._unread if entry.options.watch), AWAITED))
 
-    def next_options(self, history: Reversible[Entry]) -> Options:
+    def next_options(self, history: Iterable[Entry]) -> Options:
         """The options of the next step."""
         self.take_in(history)
-        if self._until_watched <= 0 or not self._decided:
-            # Where nothing is iterated nothing is recorded, and a watched step is no more than an exact one.
+        if not self._decided and not self._unheard and len(self._unread) == RECENT:
+            self._unheard, self._period, self._until_watched = True, FIRST_PERIOD, FIRST_PERIOD
+            self._warn_of_nothing()
+        if self._until_watched <= 0 or not (self._decided or self._unheard):
             if self._waiting:
                 self._period = min(2 * self._period, LONGEST_PERIOD)
             self._until_watched, self._waiting = self._period, True
@@ -159,6 +164,16 @@ class AutoIterations:
         ratios = self._ratios if len(self._ratios) == len(chains) else [1.0] * len(chains)
         estimates = [c.steps[-1] * ratio for c, ratio in zip(chains, ratios, strict=True)]
         return any(not e <= SUDDEN * self._tolerance for e in estimates)
+
+    def _warn_of_nothing(self) -> None:
+        if not self.warned:
+            self.warned = True
+            log.warning(
+                'iterations="auto" uses exact backpropagation for now, as nothing has come of the first %d '
+                "steps: either they had no backward pass, or something such as save_on_cpu copies what is "
+                "saved for it. Give iterations a number if that stays so.",
+                RECENT,
+            )
 
     def _warn(self, chains: tuple[ChainRecord, ...]) -> None:
         if self.warned:

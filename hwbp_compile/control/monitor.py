@@ -91,7 +91,7 @@ class Monitor:
 
 def _steps(runs: Runs) -> Iterator[StepRecord]:
     runs.fetch()
-    for entry in runs.history:
+    for entry in tuple(runs.history):  # other threads may begin steps
         if chains := entry.chains():
             iterations = entry.options.iterations
             yield StepRecord(entry.number, iterations, entry.options.watch > 0, chains)

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
+from .. import _compat
 from ..options import Options
 from ..passes.record import EMPTY, OVER_TIME, new_records
 from ..solvers.observe import HEAD, STEPS
@@ -28,6 +29,8 @@ LENGTH = 256
 """Steps of which records are kept."""
 SENT = 4
 """Steps back, from the next one on, that may still wait for their backward pass."""
+CHECKPOINTED = 64
+"""Steps back from which on a checkpoint is not expected any more to compute one again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,15 @@ class Entry:
         return self._chains
 
 
+class Begun(NamedTuple):
+    """What a training step runs with."""
+
+    number: int
+    options: Options
+    records: Tensor | None
+    """Memory for records; None if there is nothing to record."""
+
+
 class _Place:
     """Memory at which all steps with the same options record.
 
@@ -210,6 +222,9 @@ class Runs:
         self.steps = 0
         self.last_options: Options | None = None
         """Those of the last training step; None before the first."""
+        self._checkpointed: deque[Begun] = deque(maxlen=CHECKPOINTED)
+        """Steps that a checkpoint may compute again."""
+        self._again: Begun | None = None
         self.last = 0
         """When it began a step, in the order of all steps of all graphs."""
         self.records_blocks = False
@@ -244,6 +259,8 @@ class Runs:
             iterates: whether with some options anything is iterated in that step. Where nothing is when the
                 iterations are to be watched, the step says nothing about k.
         """
+        if self.last_options is not None and self._is_to_be_computed_again():
+            return self.last_options
         if self._epoch != epoch():
             self._resolve()
         if self.auto is None:
@@ -260,6 +277,22 @@ class Runs:
         if options not in self._with_blocks:
             self._with_blocks[options] = replace(options, records_blocks=True)
         return self._with_blocks[options]
+
+    def again(self) -> Begun | None:
+        """The step that a checkpoint computes again, which must be what it was; None if there was none.
+
+        Of several it is the newest. All of them have the same options, but it may be another one's memory.
+        """
+        if self._checkpointed:
+            self._again = self._checkpointed.pop()
+        return self._again  # once more, if there is a checkpoint inside of another one
+
+    def _is_to_be_computed_again(self) -> bool:
+        """Whether a checkpoint that computes steps again has not done so with all of them."""
+        waiting = self._checkpointed
+        while waiting and waiting[0].number < self.steps - CHECKPOINTED:
+            waiting.popleft()
+        return bool(waiting) and self._again is not None
 
     def _captured_options(self, auto: AutoIterations) -> Options:
         """For a step that is captured: meanwhile nothing can be compiled, and later nothing changed."""
@@ -296,7 +329,7 @@ class Runs:
     def fetch(self) -> None:
         """Have what all steps recorded on the host, waiting for the device once."""
         by_shape: dict[torch.Size, list[tuple[Entry, Tensor]]] = {}
-        for entry in self.history:
+        for entry in tuple(self.history):  # other threads may begin steps
             if (records := entry.unsent) is not None:
                 by_shape.setdefault(records.shape, []).append((entry, records))
         for pairs in by_shape.values():
@@ -319,6 +352,8 @@ class Runs:
             self.history.append(entry)
             if self._memory is not None:
                 self._memory[options].give_to(entry)
+        if _compat.saving().for_checkpoint:
+            self._checkpointed.append(Begun(self.steps, options, records))
         self.last_options = options
         if not options.watch:
             self._unwatched = options

@@ -94,24 +94,24 @@ class Variants:
         """Run the graph with the settings in force for the parameters it is given."""
         if self._device is None:  # settings are of the backward pass
             assert self._current.program is not None
-            return self._current.program.run(*args)
+            return self._current.program.run(args)
         runs = self._runs_of(args)
-        iterates = functools.partial(self._iterates, args)
-        if _compat.in_backward_pass():  # a checkpoint computes again what it had not kept
-            options = runs.last_options or runs.next_options(iterates)
-            program = self._variant(options, args)
-            more = (runs.memory(self._device, options),) if program.records else ()
-            return program.run(*args, *more)
-        options = runs.next_options(iterates)
+        begun = runs.again() if _compat.saving().again else None
+        if begun is not None:
+            program, records = self._variant(begun.options, args), begun.records
+            if records is None and program.records:  # what has been found out of it was forgotten with it
+                records = runs.memory(self._device, begun.options)
+            return program.run(args, records)
+        options = runs.next_options(functools.partial(self._iterates, args))
         program = self._variant(options, args)
         if not program.records:
             runs.began(options, None)
-            return program.run(*args)
+            return program.run(args)
         records = runs.memory(self._device, options)
         runs.began(options, records)
-        results = program.run(*args, records)
+        results = program.run(args, records)
         if not program.is_sure:
-            program.watch(results, records)
+            program.watch(args, results, records)
         return results
 
     def _runs_of(self, args: Sequence[Any]) -> Runs:

@@ -94,7 +94,8 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     is_rewritten = any(outcome.schedule is not None for outcome in done.outcomes)
-    simplified(graph, *[sink_stacks, restack] * is_rewritten, take_apart)
+    # Where no schedule could be inserted, the graph is what it was before all passes.
+    simplified(graph, *([sink_stacks, restack] if is_rewritten else [join_row_gradients]), take_apart)
     lap("simplify")
     return done
 

@@ -126,7 +126,8 @@ def linear_scan(
     With ``whole`` (and not in reverse) the result begins with the initial row.
     """
     out = rows_like(v, whole)
-    rows, columns = v.shape[0], v[0].numel()
+    rows = v.shape[0]
+    columns = v.numel() // rows
     terms, term_step = rows_of(v, columns)
     start: Any = out if initial is None else initial.contiguous()
     coefficients, step, kind = out, 0, _ONES

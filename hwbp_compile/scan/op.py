@@ -30,7 +30,8 @@ def linear_scan(v: Tensor, a: Tensor, initial: Tensor | None = None, reverse: bo
 
     Returns:
         A contiguous tensor with the shape and dtype of ``v``. Half precision is accumulated in float32 and
-        rounded once per element. Differentiable in all tensors.
+        rounded once per element. Differentiable in all tensors. On a GPU a row of zeros stays zero whatever
+        the coefficients are; on CPUs zero times infinity is not a number.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

@@ -16,6 +16,7 @@ from . import cpp, loop, triton
 from .op import check
 from .rows import same_for_all
 
+# Without coefficients all are one: the path is the identity. (Elsewhere None is zero.)
 torch.library.define(
     "hwbp_compile::states",
     "(Tensor first, Tensor terms, Tensor? a) -> Tensor",

@@ -40,9 +40,9 @@ def kernel() -> Callable[..., Any] | None:
     try:
         import triton
         import triton.language as tl
-    except ImportError:
-        return None
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return None
         log.warning("A slow loop takes the place of the linear scan's kernel, as Triton fails: %r", error)
         return None
 
