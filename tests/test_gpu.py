@@ -18,6 +18,7 @@ from test_scans import highway as scan_highway
 from test_scans import reference as scan_reference
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from hwbp_compile import explain, monitor, stack_parameters, unstack_parameters
 from hwbp_compile.errors import CannotRewrite
@@ -309,3 +310,19 @@ def test_mode_with_cuda_graphs(options: dict[str, Any]) -> None:
     assert all(s.chains and 0 < s.chains[0].estimate < 10 for s in seen[2 : steps - 1])
     if "iterations" not in options:
         assert not seen[-1].watched
+
+
+def test_k_is_chosen_in_a_checkpoint() -> None:
+    m = settled().cuda()
+    c = compiled(m, iterations="auto", apply="always")
+    x = torch.randn(5, 4, dtype=torch.float64, device="cuda")
+    for _ in range(16):
+        found = grads(m, lambda x: checkpoint(c, x, use_reentrant=False), x)
+        torch.cuda.synchronize()
+    seen = monitor(m).history
+    assert [s.step for s in seen] == list(range(16))
+    last = seen[-1]
+    assert not last.watched
+    torch._dynamo.reset()
+    same = compiled(m, iterations=last.iterations, apply="always")
+    assert relative_error(found, grads(m, same, x)) <= 1e-10
