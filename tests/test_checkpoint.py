@@ -32,8 +32,11 @@ def recorded(m: torch.nn.Module) -> list[Any]:
     return ["watched" if s.watched else s.iterations for s in hwbp_compile.monitor(m).history]
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize(
+    ("reentrant", "nested"),
+    [(False, False), (True, False), (False, True), pytest.param(True, True, marks=pytest.mark.slow)],
+    ids=["not reentrant", "reentrant", "nested", "reentrant and nested"],
+)
 def test_k_is_chosen(reentrant: bool, nested: bool) -> None:
     m, x = settled(), rows()
     c = compiled(m, **AUTO)
