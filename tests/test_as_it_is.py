@@ -123,6 +123,7 @@ def test_on_the_device_meta() -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_the_library")
 def test_what_is_iterated_later_is_compiled() -> None:
     module = nn.GRU(3, 5).double()

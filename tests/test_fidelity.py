@@ -263,7 +263,8 @@ def test_from_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "must end in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [[], pytest.param([{"gamma": 0.9}], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], [{"gamma": 0.9}]])
 def test_recommend_finds_the_smallest_k(more: list[dict[str, Any]]) -> None:
     m = model()
     splits: list[dict[str, Any]] = [{}, {"group_size": 3}, *more]

@@ -33,7 +33,7 @@ def new_nodes(family: str, depth: int, iterations: int) -> tuple[int, Record]:
     return sum(len(o.new) for o in records[0].outcomes), records[0]
 
 
-LARGE = {"resnet", "preact_resnet", "pre_ln_transformer", "mixer"}
+LARGE = {"resnet", "preact_resnet", "pre_ln_transformer", "post_ln_transformer", "mixer"}
 
 
 @pytest.mark.parametrize("family", some_slow(CHAINS_OF_FEW_CLASSES, LARGE))

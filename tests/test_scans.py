@@ -434,6 +434,7 @@ def test_states_that_share_memory_and_mixed_precision() -> None:
     assert "mixed precision" in chain.reason
 
 
+@pytest.mark.slow
 def test_inductor_in_single_precision() -> None:
     model = Model(CELLS["layer norm gru"]).float()
     inputs = [t.detach().float().requires_grad_() for t in data(model.cell, 20, 4)]

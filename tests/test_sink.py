@@ -69,7 +69,7 @@ def kept_by(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[
     return sorted(tensor.nbytes for tensor in kept.values()), gradients
 
 
-@pytest.mark.parametrize("make", [Block, Shifted, Attention])
+@pytest.mark.parametrize("make", [Block, Shifted, pytest.param(Attention, marks=pytest.mark.slow)])
 def test_what_is_kept(make: Any) -> None:
     """No more tensors for more blocks, and no more bytes than exact backpropagation needs, or few."""
     found = []
