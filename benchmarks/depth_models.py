@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,10 +146,10 @@ FAMILIES: dict[str, Callable[[Row], tuple[nn.Module, Tensor]]] = {
 }
 
 
-def add_row(parser: argparse.ArgumentParser, **settings: object) -> None:
+def add_row(parser: argparse.ArgumentParser, **settings: Any) -> None:
     """Have a script take a row of the user's own: ``--row mlp 32 64 4 1``."""
     names = ("FAMILY", "DEPTH", "WIDTH", "BATCH", "SEQUENCE")
-    parser.add_argument("--row", nargs=5, metavar=names, **settings)  # type: ignore[arg-type]
+    parser.add_argument("--row", nargs=5, metavar=names, **settings)
 
 
 def row_of(parser: argparse.ArgumentParser, values: list[str]) -> Row:

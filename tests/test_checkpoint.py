@@ -27,7 +27,7 @@ def checkpointed(call: Callable[..., Tensor], reentrant: bool = False) -> Callab
     return lambda x: checkpoint(call, x, use_reentrant=reentrant)
 
 
-def recorded(m: torch.nn.Module) -> list[Any]:
+def settings_of(m: torch.nn.Module) -> list[Any]:
     """k of each step of which something came; "watched" where it only was."""
     return ["watched" if s.watched else s.iterations for s in hwbp_compile.monitor(m).history]
 
@@ -45,7 +45,7 @@ def test_k_is_chosen(reentrant: bool, nested: bool) -> None:
         run = checkpointed(run, reentrant)
     for _ in range(6):
         found = grads(m, run, x)
-    chosen = recorded(m)
+    chosen = settings_of(m)
     k = chosen[-1]
     assert chosen == ["watched", *[k] * 5]
     assert [s.step for s in hwbp_compile.monitor(m).history] == list(range(6)), "none is counted twice"
@@ -61,7 +61,7 @@ def test_the_same_graph_several_times_a_step() -> None:
     run = checkpointed(compiled(m, **AUTO))
     for _ in range(30):
         found = grads(m, lambda x: run(run(x) @ torch.ones(3, 4, dtype=x.dtype)), x)
-    chosen = recorded(m)
+    chosen = settings_of(m)
     k = chosen[-1]
     assert chosen.count("watched") >= 4
     assert isinstance(k, int)
@@ -105,9 +105,9 @@ def test_hooks_that_copy_what_is_saved(caplog: pytest.LogCaptureFixture) -> None
     ):
         for _ in range(RECENT + 8):
             found = grads(m, c, x)
-    assert not recorded(m)
+    assert not settings_of(m)
     assert relative_error(found, grads(m, m, x)) <= 1e-12
     assert ["as nothing has come of" in r.getMessage() for r in caplog.records] == [True]
     for _ in range(30):
         grads(m, c, x)
-    assert isinstance(recorded(m)[-1], int)
+    assert isinstance(settings_of(m)[-1], int)

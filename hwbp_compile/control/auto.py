@@ -103,7 +103,12 @@ class AutoIterations:
         self.take_in(history)
         if not self._decided and not self._unheard and len(self._unread) == RECENT:
             self._unheard, self._period, self._until_watched = True, FIRST_PERIOD, FIRST_PERIOD
-            self._warn_of_nothing()
+            self._warn_once(
+                'iterations="auto" uses exact backpropagation for now, as nothing has come of the first %d '
+                "steps: either they had no backward pass, or something such as save_on_cpu copies what is "
+                "saved for it. Give iterations a number if that stays so.",
+                RECENT,
+            )
         if self._until_watched <= 0 or not (self._decided or self._unheard):
             if self._waiting:
                 self._period = min(2 * self._period, LONGEST_PERIOD)
@@ -165,20 +170,12 @@ class AutoIterations:
         estimates = [c.steps[-1] * ratio for c, ratio in zip(chains, ratios, strict=True)]
         return any(not e <= SUDDEN * self._tolerance for e in estimates)
 
-    def _warn_of_nothing(self) -> None:
+    def _warn_once(self, message: str, *args: object) -> None:
         if not self.warned:
             self.warned = True
-            log.warning(
-                'iterations="auto" uses exact backpropagation for now, as nothing has come of the first %d '
-                "steps: either they had no backward pass, or something such as save_on_cpu copies what is "
-                "saved for it. Give iterations a number if that stays so.",
-                RECENT,
-            )
+            log.warning(message, *args)
 
     def _warn(self, chains: tuple[ChainRecord, ...]) -> None:
-        if self.warned:
-            return
-        self.warned = True
         worst = max(chains, key=lambda c: c.steps[-1] if math.isfinite(c.steps[-1]) else math.inf)
         late = [(k, c.blocks) for c in chains if (k := _settled(c, self._tolerance)) and 2 * k > c.blocks]
         if worst.steps[-1] <= self._tolerance and late:
@@ -192,7 +189,7 @@ class AutoIterations:
                 f"the cotangents by {worst.steps[-1]:.2g}, and tolerance is {self._tolerance:.2g}"
             )
             advice = "Try gamma or group_size, or a larger max_iterations"
-        log.warning(
+        self._warn_once(
             'iterations="auto" uses exact backpropagation for now: %s. %s; it will be looked at again.',
             what,
             advice,

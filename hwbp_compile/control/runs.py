@@ -222,7 +222,7 @@ class Runs:
         self.steps = 0
         self.last_options: Options | None = None
         """Those of the last training step; None before the first."""
-        self._checkpointed: deque[Begun] = deque(maxlen=CHECKPOINTED)
+        self._checkpointed: deque[Begun] = deque()
         """Steps that a checkpoint may compute again."""
         self._again: Begun | None = None
         self.last = 0
@@ -259,8 +259,8 @@ class Runs:
             iterates: whether with some options anything is iterated in that step. Where nothing is when the
                 iterations are to be watched, the step says nothing about k.
         """
-        if self.last_options is not None and self._is_to_be_computed_again():
-            return self.last_options
+        if (waiting := self._to_be_computed_again()) is not None:
+            return waiting.options
         if self._epoch != epoch():
             self._resolve()
         if self.auto is None:
@@ -287,12 +287,12 @@ class Runs:
             self._again = self._checkpointed.pop()
         return self._again  # once more, if there is a checkpoint inside of another one
 
-    def _is_to_be_computed_again(self) -> bool:
-        """Whether a checkpoint that computes steps again has not done so with all of them."""
+    def _to_be_computed_again(self) -> Begun | None:
+        """The newest step with which a checkpoint that computes steps again has not done so, if any."""
         waiting = self._checkpointed
         while waiting and waiting[0].number < self.steps - CHECKPOINTED:
             waiting.popleft()
-        return bool(waiting) and self._again is not None
+        return waiting[-1] if waiting and self._again is not None else None
 
     def _captured_options(self, auto: AutoIterations) -> Options:
         """For a step that is captured: meanwhile nothing can be compiled, and later nothing changed."""

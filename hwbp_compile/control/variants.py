@@ -99,7 +99,7 @@ class Variants:
         begun = runs.again() if _compat.saving().again else None
         if begun is not None:
             program, records = self._variant(begun.options, args), begun.records
-            if records is None and program.records:  # what has been found out of it was forgotten with it
+            if records is None and program.records:  # compiled anew: that it records nothing is not known yet
                 records = runs.memory(self._device, begun.options)
             return program.run(args, records)
         options = runs.next_options(functools.partial(self._iterates, args))

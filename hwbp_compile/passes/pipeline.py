@@ -94,8 +94,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     is_rewritten = any(outcome.schedule is not None for outcome in done.outcomes)
-    # Where no schedule could be inserted, the graph is what it was before all passes.
-    simplified(graph, *([sink_stacks, restack] if is_rewritten else [join_row_gradients]), take_apart)
+    simplified(graph, *([sink_stacks, restack] if is_rewritten else []), take_apart)
     lap("simplify")
     return done
 
@@ -160,6 +159,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
     except Exception as error:  # see _plan
         log.warning("All chains are left exact after an internal error.", exc_info=True)
         _compat.restore_graph(graph, backup)
+        simplified(graph, join_row_gradients, backup=backup)
         return [Outcome(o.found, o.reason or _internal(error)) for o in outcomes]
     return [done[i] for i in range(len(outcomes))]
 
