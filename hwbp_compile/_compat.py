@@ -34,6 +34,7 @@ def vmap_fallback_is_an_error() -> Iterator[None]:
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Inductor's decomposition table, as its own compilation uses it."""
+    import torch._inductor.lowering  # noqa: F401 - that of max_pool2d reads it and does not import it
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()

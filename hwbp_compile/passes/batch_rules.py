@@ -95,6 +95,18 @@ def _scatter(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks:
     return Stacked(target(stacked(value, blocks), stacked(source, blocks), dim, *rest[1:], **kwargs))
 
 
+@batching_rule("index_put _unsafe_index_put index_add index_copy scatter scatter_add")
+def _write(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """Each block has memory of its own to write to.
+
+    ``vmap`` would expand what the blocks share, and Inductor (2.13) then writes the rows over each other.
+    """
+    memory, *rest = args
+    if not isinstance(memory, Stacked):
+        memory = Stacked(stacked(memory, blocks).clone(memory_format=torch.contiguous_format))
+    return vmap_rule(target, (memory, *rest), kwargs, blocks)
+
+
 @batching_rule("convolution_backward")
 def _convolution_backward(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
     """Blocks join the groups of the convolution if their weights differ, the batch if not."""

@@ -68,11 +68,21 @@ register_linear("cat stack", FIRST)
 register_linear("where", _joint(1, 2))
 register_linear("slice_scatter select_scatter diagonal_scatter copy", _joint(0, 1))
 register_linear("masked_fill", FIRST)
-register_linear("scatter scatter_add index_add", _joint(0, 3))
+register_linear("scatter scatter_add index_add index_copy _unsafe_masked_index_put_accumulate", _joint(0, 3))
 register_linear("index_put _unsafe_index_put", _joint(0, 2))
+register_linear("_unsafe_masked_index", FIRST)
+register_linear("linalg_lu_solve", _joint(2))
+register_linear("linalg_solve_triangular", _joint(1))
+register_linear("cholesky_solve", FIRST)
 register_linear(
     "convolution_backward max_pool2d_with_indices_backward avg_pool2d_backward avg_pool3d_backward "
-    "_adaptive_avg_pool2d_backward upsample_nearest2d_backward upsample_bilinear2d_backward "
+    "max_pool3d_with_indices_backward adaptive_max_pool2d_backward adaptive_max_pool3d_backward "
+    "_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward grid_sampler_2d_backward "
+    "grid_sampler_3d_backward _cdist_backward reflection_pad1d_backward reflection_pad2d_backward "
+    "reflection_pad3d_backward replication_pad1d_backward replication_pad2d_backward "
+    "replication_pad3d_backward upsample_nearest1d_backward upsample_nearest2d_backward "
+    "upsample_nearest3d_backward upsample_linear1d_backward upsample_bilinear2d_backward "
+    "upsample_bicubic2d_backward upsample_trilinear3d_backward "
     "native_dropout_backward _softmax_backward_data _log_softmax_backward_data gelu_backward silu_backward "
     "threshold_backward tanh_backward sigmoid_backward elu_backward hardtanh_backward leaky_relu_backward "
     "hardswish_backward hardsigmoid_backward softplus_backward native_layer_norm_backward "
@@ -83,6 +93,9 @@ register_linear(
     FIRST,
 )
 register_linear("convolution", FIRST)
+
+_FILLS = {"aten::masked_fill": 2, "aten::_unsafe_masked_index": 3}
+"""Which argument takes the place of what is masked."""
 
 MATRIX_PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"})
 """Products of matrices, alone or in batches, which are their last two operands."""
@@ -202,8 +215,8 @@ def check_linear(node: Node, dependent: set[Node]) -> None:
         )
     if linearity.kind == "one_of" and len(uses) != 1:
         raise CannotRewrite(f"{node.target} multiplies two gradients, so the block is not linear", node)
-    if name == "aten::masked_fill":
-        fill = node.args[2]
+    if name in _FILLS:
+        fill = node.args[_FILLS[name]]
         if not (_is_zero(fill) or (isinstance(fill, Node) and is_zero_constant(fill))):
             raise CannotRewrite(f"{node.target} with a fill value other than zero", node)
     if name == "aten::constant_pad_nd" and len(node.args) > 2 and not _is_zero(node.args[2]):

@@ -21,6 +21,7 @@ from .decide import reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
+from .memory_views import read_as_values
 from .record import needed_without_records, observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
@@ -69,8 +70,8 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
 
     # As it was, for whatever fails before a schedule is in the graph.
     backup = _compat.copy_graph(graph)
-    simplified(graph, join_row_gradients, backup=backup)
-    lap("join")
+    prepare(graph, backup=backup)
+    lap("prepare")
     part = linear_part(graph)
     done.needs_gradient = bool(part.order)
     found = list(find_chains(part))
@@ -97,6 +98,11 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     simplified(graph, *([sink_stacks, restack] if is_rewritten else []), take_apart)
     lap("simplify")
     return done
+
+
+def prepare(graph: Graph, *, backup: Graph | None = None) -> None:
+    """What autograd wrote, in operators that can be batched; applied twice it is as if applied once."""
+    simplified(graph, join_row_gradients, read_as_values, backup=backup)
 
 
 def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> None:
@@ -159,7 +165,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
     except Exception as error:  # see _plan
         log.warning("All chains are left exact after an internal error.", exc_info=True)
         _compat.restore_graph(graph, backup)
-        simplified(graph, join_row_gradients, backup=backup)
+        prepare(graph, backup=backup)
         return [Outcome(o.found, o.reason or _internal(error)) for o in outcomes]
     return [done[i] for i in range(len(outcomes))]
 

@@ -93,11 +93,11 @@ def _join(graph: Graph, node: Node, rows: _Rows) -> None:
     node.replace_all_uses_with(joined)
 
 
-def call(graph: Graph, target: Any, args: Sequence[Any], *, like: Node) -> Node:
-    """Insert an operator into the same half of a joint graph as ``like``."""
-    node = graph.call_function(target, tuple(args))
+def call(graph: Graph, target: Any, args: Sequence[Any], *, like: Node, **kwargs: Any) -> Node:
+    """Insert an operator into the same half of a joint graph as ``like``; ``kwargs`` are constants."""
+    node = graph.call_function(target, tuple(args), kwargs)
     with like.meta["val"].fake_mode:
-        node.meta["val"] = target(*torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"]))
+        node.meta["val"] = target(*torch.fx.node.map_arg(tuple(args), lambda n: n.meta["val"]), **kwargs)
     if "partitioner_tag" in like.meta:
         node.meta["partitioner_tag"] = like.meta["partitioner_tag"]
     return node

@@ -14,7 +14,7 @@ from .. import _compat
 from ..chain import Chain, Refusal
 from ..options import Options, parse_options
 from ..passes.linear import linear_part
-from ..passes.pipeline import Outcome, Record, rewrite
+from ..passes.pipeline import Outcome, Record, prepare, rewrite
 from ..passes.worth import Comparison
 from ..recurrent.capture import Layer
 from .capture import Capture, Frame, capture
@@ -138,10 +138,14 @@ class _Analysis:
     def of(
         cls, joint: GraphModule, options: Options, names: Names, graph: int, chains_before: int
     ) -> _Analysis:
-        after = _compat.copy_graph_module(joint)
-        place = {node.name: i for i, node in enumerate(joint.graph.nodes)}
+        # Chains are looked for in what this makes, so nodes have its names.
+        before = _compat.copy_graph_module(joint)
+        prepare(before.graph)
+        before.recompile()
+        after = _compat.copy_graph_module(before)
+        place = {node.name: i for i, node in enumerate(before.graph.nodes)}
         record = rewrite(after.graph, options)
-        between = [Outcome(g, g.reason) for g in gaps(joint.graph, [o.found for o in record.outcomes])]
+        between = [Outcome(g, g.reason) for g in gaps(before.graph, [o.found for o in record.outcomes])]
         after.recompile()
         # The backward pass meets the model's last chain first.
         ordered = sorted(
@@ -150,7 +154,7 @@ class _Analysis:
             reverse=True,
         )
         numbered = dict(enumerate(ordered, chains_before))
-        return cls(joint, after, record, options, names, graph, numbered)
+        return cls(before, after, record, options, names, graph, numbered)
 
     def chains(self, cut: bool) -> list[ChainReport]:
         return [_chain_report(o, self.options, self.names, self.graph, cut) for o in self.outcomes.values()]
