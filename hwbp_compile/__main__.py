@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="values of k",
     )
-    _add_options(command, "gamma, group_size or exact_tail")
+    _add_options(command, "gamma, group_size, exact_tail or codegen")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw it into a .png, .svg or .pdf file")
     command = commands.add_parser(
         "calibrate",

@@ -352,6 +352,7 @@ def compile_op_by_op(
 ) -> Any:
     """The joint graph, passes and partitioner of Inductor's compilation, run one aten operator at a time."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor import config
 
     user_passes = _user_passes(patches)
 
@@ -367,7 +368,9 @@ def compile_op_by_op(
         backward.recompile()
         return forward, backward
 
-    return _trace_with_aot(gm, example_inputs, partition)
+    # Some choose the decompositions, such as fallback_random.
+    with config.patch({k: v for k, v in patches.items() if k != "joint_custom_pre_pass"}):
+        return _trace_with_aot(gm, example_inputs, partition)
 
 
 class _StacksAreKept:

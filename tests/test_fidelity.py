@@ -6,9 +6,11 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 from small_models import LENGTH, compiled, grads, model
 from torch import Tensor, nn
 
@@ -88,6 +90,20 @@ def test_the_model_stays_as_it_was() -> None:
     assert hwbp_compile.monitor(m).history[-1].iterations == 3
 
 
+def test_gradients_of_generated_code() -> None:
+    """With the same random numbers, and it is generated code that is looked at."""
+    m = Noisy().double()
+    settings = {"iterations": [1, LENGTH], "gamma": 0.1}
+    by_operators = hwbp_compile.fidelity(m, loss_fn, X, **settings)
+    inductor = torch._inductor.compile_fx
+    with mock.patch.object(inductor, "compile_fx", wraps=inductor.compile_fx) as ran:
+        generated = hwbp_compile.fidelity(m, loss_fn, X, codegen="inductor", **settings)
+    assert ran.call_count >= 2
+    assert generated.rows[0].overall.cosine == pytest.approx(by_operators.rows[0].overall.cosine, abs=1e-12)
+    assert generated.rows[0].overall.cosine < 1 - 1e-6
+    assert generated.rows[1].overall.relative_error <= 1e-10
+
+
 def test_a_compiled_model_and_several_arguments() -> None:
     m = model()
     c = torch.compile(m, backend="highway")
@@ -112,6 +128,7 @@ def test_plot(tmp_path: Path) -> None:
         ((torch.relu, loss_fn, X), TypeError, "takes a module"),
         ((model(), loss_fn, X, []), ValueError, "at least one k"),
         ((model(), loss_fn, X, ["exact"]), hwbp_compile.OptionError, "integers k"),
+        ((model(), loss_fn, X, [1], "cpp"), hwbp_compile.OptionError, "'eager' or 'inductor'"),
         ((model(), loss_fn, X, [-1]), hwbp_compile.OptionError, "iterations must be"),
         ((model(), lambda m, x: m(x).sum() / 0 * 0, X), hwbp_compile.ModelError, "is not finite"),
         ((model(), lambda m, x: m(x), X), hwbp_compile.ModelError, "a tensor of one element"),

@@ -103,12 +103,15 @@ def fidelity(
     loss_fn: LossFunction,
     batch: Any,
     iterations: Sequence[int] = (0, 1, 2, 3, 4, 6, 8),
+    codegen: str = "eager",
     **splits: Any,
 ) -> Fidelity:
     """Compare a model's highway gradients with its exact ones, on one batch.
 
-    The model is compiled op by op, once per k, whatever it is compiled with otherwise. Afterwards its
-    parameters, buffers and gradients, the batch and all random states are what they were before.
+    The model is compiled op by op, once per k, whatever it is compiled with otherwise. With
+    ``codegen="inductor"`` its highway gradients are those of generated code, as in training, and the exact
+    ones those of torch's operators: as many iterations as blocks then check what is trained with. Afterwards
+    its parameters, buffers and gradients, the batch and all random states are what they were before.
 
         print(hwbp_compile.fidelity(model, lambda model, batch: loss(model(batch[0]), batch[1]), batch))
 
@@ -117,6 +120,7 @@ def fidelity(
         loss_fn: ``loss_fn(model, batch)`` calls the model and returns the loss, a scalar.
         batch: whatever ``loss_fn`` takes.
         iterations: values of k.
+        codegen: ``"eager"`` or ``"inductor"``, as the option.
         **splits: ``gamma``, ``group_size`` and ``exact_tail``, as the options.
 
     Raises:
@@ -126,6 +130,8 @@ def fidelity(
             or does not call the model, or the exact gradient is not finite.
         ValueError: there is no k.
     """
+    if codegen not in ("eager", "inductor"):
+        raise OptionError(f"codegen must be 'eager' or 'inductor', but is {codegen!r}.")
     for name in splits:
         if name not in NAMES[1:]:
             raise OptionError(f"Option {name!r} is unknown to fidelity; {', '.join(NAMES[1:])} are known.")
@@ -143,7 +149,7 @@ def fidelity(
         rows: list[FidelityRow] = []
         before: dict[str, Tensor] = {}
         for k in sorted(set(iterations)):
-            found, chains = tried.gradients(batch, {"iterations": k, **splits})
+            found, chains = tried.gradients(batch, {"iterations": k, **splits}, codegen)
             each = {n: closeness([found[n]], [exact[n]]) for n in live}
             change = [g - before[n] if before else g for n, g in found.items()]
             rows.append(

@@ -23,19 +23,18 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class Trial:
-    """One model, compiled op by op, whose gradients for one batch are asked for again and again.
+    """One model, whose gradients for one batch are asked for again and again.
 
-    All gradients are of the same random numbers. See :func:`trial`.
+    It is compiled op by op, or by Inductor. All gradients are of the same random numbers. See :func:`trial`.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, runs: list[Runs]) -> None:
         self._model, self._loss_fn, self._runs = model, loss_fn, runs
-        options: dict[str, Any] = {"iterations": "exact", "apply": "always", "codegen": "eager"}
-        self._compiled = torch.compile(copy_function(_call, __name__), backend="highway", options=options)
+        self._compiled = {codegen: _compiled(codegen) for codegen in ("eager", "inductor")}
         self._states = random_states()
 
     def gradients(
-        self, batch: Any, settings: dict[str, Any]
+        self, batch: Any, settings: dict[str, Any], codegen: str = "eager"
     ) -> tuple[dict[str, Tensor], tuple[ChainRecord, ...]]:
         """Gradients by the parameters' names, and what was recorded of each chain.
 
@@ -45,7 +44,7 @@ class Trial:
         set_iterations(self._model, **({"gamma": None, "group_size": None, "exact_tail": None} | settings))
         before = {runs: runs.steps for runs in self._runs}
         # What a forward pass changes, such as running means, is undone: every call starts from the same.
-        with unchanged(self._model, batch), self._called() as calls:
+        with unchanged(self._model, batch), self._called(codegen) as calls:
             set_random_states(self._states)
             named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
             loss = self._loss_fn(self._model, batch)
@@ -63,16 +62,22 @@ class Trial:
         return found, tuple(chains)
 
     @contextmanager
-    def _called(self) -> Iterator[list[None]]:
+    def _called(self, codegen: str) -> Iterator[list[None]]:
         """Have what is compiled run when the model is called; the list has an item for each call."""
         calls: list[None] = []
 
         def call(plain: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
             calls.append(None)
-            return self._compiled(plain, args, kwargs)
+            return self._compiled[codegen](plain, args, kwargs)
 
         with _compat.calls_redirected(self._model, call):
             yield calls
+
+
+def _compiled(codegen: str) -> Callable[..., Any]:
+    options: dict[str, Any] = {"iterations": "exact", "apply": "always", "codegen": codegen}
+    options["fallback_random"] = True  # the same random numbers in generated code
+    return torch.compile(copy_function(_call, __name__), backend="highway", options=options)
 
 
 def _call(function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
