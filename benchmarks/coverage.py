@@ -27,6 +27,9 @@ def build(name: str) -> Built:
     torch.manual_seed(0)
     built = MODELS[name]()
     built.model.double().train()
+    for parameter in built.model.parameters():
+        # Heads, and scales of branches, that begin at zero would let no gradient through.
+        parameter.data += 0.05 * torch.randn_like(parameter)
     for module in built.model.modules():
         # Both passes are to compute the same.
         if isinstance(module, nn.Dropout):

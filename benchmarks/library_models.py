@@ -107,6 +107,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "Falcon": decoder("FalconForCausalLM", alibi=False),
     "Mamba": decoder("MambaForCausalLM", state_size=4),
     "RWKV": decoder("RwkvForCausalLM", context_length=32, attention_hidden_size=WIDTH),
+    "xLSTM": decoder("xLSTMForCausalLM", num_heads=2, num_blocks=LAYERS, embedding_dim=WIDTH, chunk_size=4),
     "BERT": masked("BertForMaskedLM"),
     "RoBERTa": masked("RobertaForMaskedLM"),
     "ALBERT": masked("AlbertForMaskedLM", embedding_size=WIDTH),

@@ -99,6 +99,10 @@ def indexed(a: Tensor, b: Tensor, table: nn.Module) -> Tensor:
     return between * b.gather(-1, own) + a[:, shared] + moved * table((b.detach()[..., 0] > 0).long())
 
 
+def normalised(a: Tensor, _: Tensor, norm: nn.Module) -> Tensor:
+    return norm(a.transpose(1, 2)).transpose(1, 2)
+
+
 CASES: dict[str, tuple[Callable[[Tensor, Tensor, nn.Module], Tensor], Callable[[], nn.Module | None]]] = {
     "parts assigned to": (assigned, lambda: None),
     "steps assigned to": (assigned_step_by_step, lambda: None),
@@ -107,6 +111,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor, nn.Module], Tensor], Callable[[
     "pooling": (pooled, lambda: None),
     "sampling": (sampled, lambda: None),
     "indices": (indexed, lambda: nn.Embedding(2, D)),
+    "instances normalised": (normalised, lambda: nn.InstanceNorm1d(D, affine=True)),
     "linear algebra": (solved, lambda: nn.Linear(D, D)),
 }
 
@@ -156,8 +161,9 @@ def test_batched_in_generated_code(name: str) -> None:
     assert relative_error(found, reference(case, Settings(1))) <= 1e-10
 
 
-def test_sizes_left_open() -> None:
-    case = build("pooling with channels last")
+@pytest.mark.parametrize("name", ["pooling with channels last", "instances normalised"])
+def test_sizes_left_open(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = build(name)
     torch._dynamo.reset()
     options = {"codegen": "eager", "iterations": DEPTH}
     compiled = torch.compile(case.model, backend="highway", options=options, dynamic=True, fullgraph=True)
@@ -169,6 +175,7 @@ def test_sizes_left_open() -> None:
             forward(x).square().sum().backward()
             gradients.append([p.grad.clone() for p in case.model.parameters() if p.grad is not None])
         assert relative_error(gradients[1], gradients[0]) <= 1e-10
+    assert "internal error" not in caplog.text
 
 
 FIRST = """

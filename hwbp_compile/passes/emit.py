@@ -31,6 +31,7 @@ from .parameter_gradients import (
     keep_one_term,
     read_by,
 )
+from .strides import inverse, is_contiguous, order_of
 
 log = logging.getLogger(__name__)
 
@@ -123,16 +124,14 @@ def in_place_of(node: Node, row: Tensor) -> Tensor:
         raise CannotRewrite(
             f"{row.dtype}{tuple(row.shape)} cannot take the place of {node} ({value_text(node)})"
         )
-    if like.is_contiguous():
+    order = order_of(like)
+    if order is not None and is_contiguous(like, order):
         return row.contiguous()
-    strides = like.stride()
-    if str(row.stride()) == str(strides):
+    if str(row.stride()) == str(like.stride()):
         return row
-    order = sorted(range(like.dim()), key=lambda d: -strides[d])
-    laid_out = row.permute(order).contiguous().permute([order.index(d) for d in range(like.dim())])
-    if str(laid_out.stride()) != str(strides):
+    if order is None:
         raise CannotRewrite("the state has a memory layout that a new tensor cannot have")
-    return laid_out
+    return row.permute(order).contiguous().permute(inverse(order))
 
 
 def closes_a_cycle(schedule: Schedule, renamed: dict[Node, Node]) -> bool:

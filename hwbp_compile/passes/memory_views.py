@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .. import _compat
 from .linear import linear_part
 from .linear_ops import op_name, same_shape
 from .row_gradients import call
+from .strides import dense_order, inverse, order_of
 
 aten = torch.ops.aten
 
@@ -48,12 +48,12 @@ def _copied(graph: Graph, node: Node) -> Node | None:
         return None
     if list(map(str, value.stride())) == list(map(str, result.stride())):
         return source
-    order = _order(result.shape, result.stride(), result)
+    order = order_of(result)
     if order is None and any(op_name(user) == "aten::as_strided" for user in node.users):
         return None
     # What is neither dense nor read by strides may lie anyhow.
     order = list(range(result.dim())) if order is None else order
-    return _permuted(graph, _dense(graph, source, order, node), _inverse(order), node)
+    return _permuted(graph, _dense(graph, source, order, node), inverse(order), node)
 
 
 def _scattered(graph: Graph, node: Node) -> Node | None:
@@ -73,40 +73,23 @@ def _read(graph: Graph, node: Node) -> Node | None:
     assert isinstance(memory, Node)
     assert isinstance(size, Sequence)
     value = memory.meta["val"]
-    order, lies = _order(size, stride, value, *offset), _order(value.shape, value.stride(), value)
+    order, lies = _order(size, stride, value, *offset), order_of(value)
     if order is None or lies is None:
         return None
     flat = call(graph, aten.view.default, (_dense(graph, memory, lies, node), [-1]), like=node)
     shaped = call(graph, aten.view.default, (flat, [size[i] for i in order]), like=node)
-    return _permuted(graph, shaped, _inverse(order), node)
+    return _permuted(graph, shaped, inverse(order), node)
 
 
 def _order(size: Any, stride: Any, memory: torch.Tensor, offset: Any = None) -> list[int] | None:
-    """The dimensions of a view, outermost first, if it is of all elements of ``memory``, each once."""
+    """The order of a view, if it is of all elements of ``memory``, each once."""
     if offset not in (None, 0):
         return None
-    sizes, strides = ([_compat.size_expression(_value(x)) for x in values] for values in (size, stride))
-    step = _compat.size_expression(1)
-    left = [i for i in range(len(sizes)) if sizes[i] != 1]
-    inner: list[int] = []
-    while left:
-        found = next((i for i in left if strides[i] == step), None)
-        if found is None:
-            return None
-        left.remove(found)
-        inner.append(found)
-        step = step * sizes[found]
-    if step != _compat.size_expression(memory.numel()):
-        return None
-    return [i for i in range(len(sizes)) if i not in inner] + inner[::-1]
+    return dense_order(list(map(_value, size)), list(map(_value, stride)), memory.numel())
 
 
 def _value(size: Any) -> Any:
     return size.meta["val"] if isinstance(size, Node) else size
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(i) for i in range(len(order))]
 
 
 def _permuted(graph: Graph, value: Node, order: list[int], like: Node) -> Node:
