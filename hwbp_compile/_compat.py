@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 import threading
@@ -513,21 +514,53 @@ def frame_being_compiled() -> Any:
 class Saving(NamedTuple):
     """Who takes care of the tensors that are saved for a backward pass here."""
 
-    is_hooked: bool
+    is_hooked: bool = False
     """Whether anybody does besides autograd: what is saved may be copied, or left out."""
-    for_checkpoint: bool
-    """Whether a checkpoint leaves them out, and computes them again in the backward pass."""
-    again: bool
-    """Whether a checkpoint is doing so right now."""
+    checkpoint: Any = None
+    """What stands for the checkpoint that leaves them out, or that computes them again; None without one."""
+    again: Any = None
+    """What stands for the computation of the same once more; None if it is the first one."""
+    inside_again: bool = False
+    """Whether a checkpoint around this one computes everything again: no backward pass follows."""
 
 
 def saving() -> Saving:
     """See :class:`Saving`; of a checkpoint with ``use_reentrant=True`` nothing is to be seen."""
+    found = _top_hook()
+    if found is None:
+        return Saving()
+    if found.checkpoint is None or found.again is not None:
+        return found
+    autograd = torch._C._autograd
+    hooks = autograd._top_saved_tensors_default_hooks(True)
+    # Those around it can be seen only while it is not there.
+    autograd._pop_saved_tensors_default_hooks()
+    try:
+        around = saving()
+    finally:
+        autograd._push_saved_tensors_default_hooks(*hooks)
+    return found._replace(inside_again=around.again is not None or around.inside_again)
+
+
+def _top_hook() -> Saving | None:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
-        return Saving(False, False, False)
-    name = getattr(hooks[0], "__qualname__", "")
-    return Saving(True, name.startswith("_checkpoint_hook."), name.startswith("_recomputation_hook."))
+        return None
+    pack = hooks[0]
+    name = getattr(pack, "__qualname__", "")
+    if name.startswith("_checkpoint_hook."):
+        return Saving(True, _closed_over(pack, "frame"))
+    if name.startswith("_recomputation_hook."):
+        frame = _closed_over(pack, "target_frame_ref")
+        return Saving(True, frame and frame(), pack)
+    return Saving(True)
+
+
+def _closed_over(function: Any, name: str) -> Any:
+    """A variable of the function around ``function``; None if there is none."""
+    function = inspect.unwrap(function)
+    names = function.__code__.co_freevars
+    return function.__closure__[names.index(name)].cell_contents if name in names else None
 
 
 def known_of_sizes(example_inputs: Sequence[Any]) -> Any:

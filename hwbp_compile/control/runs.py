@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ LENGTH = 256
 """Steps of which records are kept."""
 SENT = 4
 """Steps back, from the next one on, that may still wait for their backward pass."""
-CHECKPOINTED = 64
-"""Steps back from which on a checkpoint is not expected any more to compute one again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +220,10 @@ class Runs:
         self.steps = 0
         self.last_options: Options | None = None
         """Those of the last training step; None before the first."""
-        self._checkpointed: deque[Begun] = deque()
-        """Steps that a checkpoint may compute again."""
-        self._again: Begun | None = None
+        self._checkpointed: WeakKeyDictionary[Any, list[Begun]] = WeakKeyDictionary()
+        """By checkpoint the steps that it may compute again, in the order of its forward pass."""
+        self._computed_again: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        """How many of these each such computation has done."""
         self.last = 0
         """When it began a step, in the order of all steps of all graphs."""
         self.records_blocks = False
@@ -259,8 +258,6 @@ class Runs:
             iterates: whether with some options anything is iterated in that step. Where nothing is when the
                 iterations are to be watched, the step says nothing about k.
         """
-        if (waiting := self._to_be_computed_again()) is not None:
-            return waiting.options
         if self._epoch != epoch():
             self._resolve()
         if self.auto is None:
@@ -278,21 +275,16 @@ class Runs:
             self._with_blocks[options] = replace(options, records_blocks=True)
         return self._with_blocks[options]
 
-    def again(self) -> Begun | None:
-        """The step that a checkpoint computes again, which must be what it was; None if there was none.
-
-        Of several it is the newest. All of them have the same options, but it may be another one's memory.
-        """
-        if self._checkpointed:
-            self._again = self._checkpointed.pop()
-        return self._again  # once more, if there is a checkpoint inside of another one
-
-    def _to_be_computed_again(self) -> Begun | None:
-        """The newest step with which a checkpoint that computes steps again has not done so, if any."""
-        waiting = self._checkpointed
-        while waiting and waiting[0].number < self.steps - CHECKPOINTED:
-            waiting.popleft()
-        return waiting[-1] if waiting and self._again is not None else None
+    def again(self, saving: _compat.Saving) -> Begun | None:
+        """The step that a checkpoint computes again, which must be what it was; None if there is none."""
+        if saving.inside_again and self.last_options is not None:
+            return Begun(self.steps, self.last_options, None)
+        begun = [] if saving.again is None else self._checkpointed.get(saving.checkpoint, [])
+        if not begun:
+            return None
+        done = self._computed_again.get(saving.again, 0)
+        self._computed_again[saving.again] = done + 1
+        return begun[min(done, len(begun) - 1)]
 
     def _captured_options(self, auto: AutoIterations) -> Options:
         """For a step that is captured: meanwhile nothing can be compiled, and later nothing changed."""
@@ -352,8 +344,9 @@ class Runs:
             self.history.append(entry)
             if self._memory is not None:
                 self._memory[options].give_to(entry)
-        if _compat.saving().for_checkpoint:
-            self._checkpointed.append(Begun(self.steps, options, records))
+        checkpoint = _compat.saving().checkpoint
+        if checkpoint is not None:
+            self._checkpointed.setdefault(checkpoint, []).append(Begun(self.steps, options, records))
         self.last_options = options
         if not options.watch:
             self._unwatched = options

@@ -96,7 +96,8 @@ class Variants:
             assert self._current.program is not None
             return self._current.program.run(args)
         runs = self._runs_of(args)
-        begun = runs.again() if _compat.saving().again else None
+        saving = _compat.saving()
+        begun = None if saving.checkpoint is None else runs.again(saving)
         if begun is not None:
             program, records = self._variant(begun.options, args), begun.records
             if records is None and program.records:  # compiled anew: that it records nothing is not known yet

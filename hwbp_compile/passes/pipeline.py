@@ -102,7 +102,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
 
 def prepare(graph: Graph, *, backup: Graph | None = None) -> None:
     """What autograd wrote, in operators that can be batched; applied twice it is as if applied once."""
-    simplified(graph, join_row_gradients, read_as_values, backup=backup)
+    simplified(graph, read_as_values, join_row_gradients, backup=backup)
 
 
 def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> None:

@@ -157,7 +157,11 @@ class GraphReport:
 
     @property
     def before(self) -> str:
-        """The joint graph as AOTAutograd traced it, as readable code."""
+        """The joint graph in which chains are looked for, as readable code.
+
+        It is what AOTAutograd traced, but for gradients of rows, which are joined, and memory that is written
+        or read by strides.
+        """
         return _code(self.before_module)
 
     @property
