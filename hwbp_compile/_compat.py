@@ -521,18 +521,23 @@ class Saving(NamedTuple):
     again: Any = None
     """What stands for the computation of the same once more; None if it is the first one."""
     inside_again: bool = False
-    """Whether a checkpoint around this one computes everything again: no backward pass follows."""
+    """Whether a checkpoint around all that computes again what is run here: it is no step of its own."""
 
 
 def saving() -> Saving:
     """See :class:`Saving`; of a checkpoint with ``use_reentrant=True`` nothing is to be seen."""
-    found = _top_hook()
-    if found is None:
-        return Saving()
-    if found.checkpoint is None or found.again is not None:
-        return found
     autograd = torch._C._autograd
     hooks = autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return Saving()
+    pack = hooks[0]
+    name = getattr(pack, "__qualname__", "")
+    if name.startswith("_recomputation_hook."):
+        frame = _closed_over(pack, "target_frame_ref")
+        return Saving(True, frame and frame(), pack)
+    found = Saving(True, _closed_over(pack, "frame") if name.startswith("_checkpoint_hook.") else None)
+    if isinstance(pack, fx.GraphModule):  # of a graph that Dynamo compiles, which allows no others
+        return found
     # Those around it can be seen only while it is not there.
     autograd._pop_saved_tensors_default_hooks()
     try:
@@ -540,20 +545,6 @@ def saving() -> Saving:
     finally:
         autograd._push_saved_tensors_default_hooks(*hooks)
     return found._replace(inside_again=around.again is not None or around.inside_again)
-
-
-def _top_hook() -> Saving | None:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None:
-        return None
-    pack = hooks[0]
-    name = getattr(pack, "__qualname__", "")
-    if name.startswith("_checkpoint_hook."):
-        return Saving(True, _closed_over(pack, "frame"))
-    if name.startswith("_recomputation_hook."):
-        frame = _closed_over(pack, "target_frame_ref")
-        return Saving(True, frame and frame(), pack)
-    return Saving(True)
 
 
 def _closed_over(function: Any, name: str) -> Any:

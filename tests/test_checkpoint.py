@@ -102,6 +102,42 @@ def test_each_forward_pass_keeps_the_settings_that_it_had(first: int) -> None:
         assert relative_error(found, expected[i]) <= 1e-12
 
 
+def test_the_function_in_a_checkpoint_asks_for_a_gradient_itself() -> None:
+    """It does so once more when it is computed again, and settings may have changed."""
+    m, x = settled(), rows()
+    part = checkpointed(compiled(m, iterations=1, apply="always"))
+
+    def scaled(x: Tensor) -> Tensor:
+        y = part(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        return y * slope.detach()[:, :1]
+
+    run = checkpointed(scaled)
+    expected = grads(m, run, x)
+    m.zero_grad()
+    loss = run(x).square().sum()
+    hwbp_compile.set_iterations(m, "exact")
+    loss.backward()
+    found = [p.grad for p in m.parameters() if p.grad is not None]
+    assert relative_error(found, expected) <= 1e-12
+
+
+def test_code_that_is_compiled_again_in_between() -> None:
+    """For other sizes, for which the older ones are run again, with the settings that they had."""
+    m, x, more = settled(), rows(), torch.randn(7, 4, dtype=torch.float64)
+    run = checkpointed(compiled(m, iterations=1, apply="always"))
+    expected = grads(m, run, x)
+    torch._dynamo.reset()
+    m.zero_grad()
+    loss = run(x).square().sum()
+    hwbp_compile.set_iterations(m, iterations=1, group_size=3)
+    run(more).square().sum().backward()
+    m.zero_grad()
+    loss.backward()
+    found = [p.grad for p in m.parameters() if p.grad is not None]
+    assert relative_error(found, expected) <= 1e-12
+
+
 def test_a_backward_pass_that_comes_twice() -> None:
     m, x = settled(), rows()
     run = checkpointed(compiled(m, iterations=1, apply="always"))

@@ -178,6 +178,13 @@ assert HEAD == 3, "see _chain"
 _all: WeakSet[Runs] = WeakSet()
 
 
+_checkpointed: WeakKeyDictionary[Any, dict[Any, list[Begun]]] = WeakKeyDictionary()
+"""By checkpoint, the steps that it may compute again, in the order of its forward pass.
+
+Under what they have in common with those of the same code that was compiled once more in between.
+"""
+
+
 _apart: ContextVar[list[Runs] | None] = ContextVar("hwbp_compile_apart", default=None)
 
 
@@ -220,10 +227,8 @@ class Runs:
         self.steps = 0
         self.last_options: Options | None = None
         """Those of the last training step; None before the first."""
-        self._checkpointed: WeakKeyDictionary[Any, list[Begun]] = WeakKeyDictionary()
-        """By checkpoint the steps that it may compute again, in the order of its forward pass."""
         self._computed_again: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        """How many of these each such computation has done."""
+        """How many steps each computation of a checkpoint's again has done."""
         self.last = 0
         """When it began a step, in the order of all steps of all graphs."""
         self.records_blocks = False
@@ -278,13 +283,21 @@ class Runs:
     def again(self, saving: _compat.Saving) -> Begun | None:
         """The step that a checkpoint computes again, which must be what it was; None if there is none."""
         if saving.inside_again and self.last_options is not None:
-            return Begun(self.steps, self.last_options, None)
-        begun = [] if saving.again is None else self._checkpointed.get(saving.checkpoint, [])
-        if not begun:
+            begun = Begun(self.steps, self.last_options, None)
+            if saving.checkpoint is not None:  # the function in the checkpoint may ask for gradients itself
+                self._of_checkpoint(saving.checkpoint).append(begun)
+            return begun
+        if saving.again is None or not (steps := self._of_checkpoint(saving.checkpoint)):
             return None
         done = self._computed_again.get(saving.again, 0)
         self._computed_again[saving.again] = done + 1
-        return begun[min(done, len(begun) - 1)]
+        return steps[min(done, len(steps) - 1)]
+
+    def _of_checkpoint(self, checkpoint: Any) -> list[Begun]:
+        if checkpoint is None:
+            return []
+        model = id(self._parameters[0]()) if self._parameters else None
+        return _checkpointed.setdefault(checkpoint, {}).setdefault((self.frame, model), [])
 
     def _captured_options(self, auto: AutoIterations) -> Options:
         """For a step that is captured: meanwhile nothing can be compiled, and later nothing changed."""
@@ -344,9 +357,9 @@ class Runs:
             self.history.append(entry)
             if self._memory is not None:
                 self._memory[options].give_to(entry)
-        checkpoint = _compat.saving().checkpoint
-        if checkpoint is not None:
-            self._checkpointed.setdefault(checkpoint, []).append(Begun(self.steps, options, records))
+        saving = _compat.saving()
+        if saving.checkpoint is not None and saving.again is None:
+            self._of_checkpoint(saving.checkpoint).append(Begun(self.steps, options, records))
         self.last_options = options
         if not options.watch:
             self._unwatched = options

@@ -97,7 +97,7 @@ class Variants:
             return self._current.program.run(args)
         runs = self._runs_of(args)
         saving = _compat.saving()
-        begun = None if saving.checkpoint is None else runs.again(saving)
+        begun = runs.again(saving) if saving.is_hooked else None
         if begun is not None:
             program, records = self._variant(begun.options, args), begun.records
             if records is None and program.records:  # compiled anew: that it records nothing is not known yet

@@ -58,9 +58,12 @@ def _copied(graph: Graph, node: Node) -> Rewrite | None:
         return None
     if list(map(str, value.stride())) == list(map(str, result.stride())):
         return lambda: _operand(node, 1)
-    order = order_of(result)
-    # With gaps it can be viewed in no more ways than without.
-    order = list(range(result.dim())) if order is None else order
+    order, strides = order_of(result), result.stride()
+    if order is None:
+        if not all(isinstance(step, int) for step in strides):
+            return None
+        # With gaps it can be viewed in no more ways than without.
+        order = sorted(range(result.dim()), key=lambda i: -strides[i])
     return lambda: _permuted(graph, _dense(graph, _operand(node, 1), order, node), inverse(order), node)
 
 

@@ -30,7 +30,7 @@ from .worth import Comparison, compare
 
 log = logging.getLogger(__name__)
 
-_AS_STRIDED = "unsupported operator aten.as_strided.default in the backward pass"
+_BY_STRIDES = {"aten::as_strided", "aten::as_strided_scatter"}
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     part = linear_part(graph)
     done.needs_gradient = bool(part.order)
     found = list(find_chains(part))
-    if any(op_name(n) == "aten::as_strided" for n in part.order if n.op == "call_function"):
-        # Its result depends on where in memory its operand lies, and the new cotangents lie elsewhere.
-        found = [Refusal(_AS_STRIDED, f.blocks[-1].exit[0], f.blocks, f.residual) for f in found if f.blocks]
+    if by_strides := [n for n in part.order if op_name(n) in _BY_STRIDES]:
+        # Their results depend on where in memory an operand lies, and the new cotangents lie elsewhere.
+        reason = f"unsupported operator {by_strides[0].target} in the backward pass"
+        found = [Refusal(reason, f.blocks[-1].exit[0], f.blocks, f.residual) for f in found if f.blocks]
     # In the order of the backward pass, as the records are to be.
     place = {node: i for i, node in enumerate(graph.nodes)}
     found.sort(key=lambda f: min((place[n] for block in f.blocks for n in block.nodes), default=0))

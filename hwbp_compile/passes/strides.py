@@ -17,7 +17,7 @@ def dense_order(size: Sequence[Any], stride: Sequence[Any], elements: Any) -> li
     """
     sizes, strides = ([_compat.size_expression(x) for x in values] for values in (size, stride))
     if 0 in sizes:
-        return list(range(len(sizes)))
+        return list(range(len(sizes))) if _compat.size_expression(elements) == 0 else None
     step = _compat.size_expression(1)
     left = [i for i in range(len(sizes)) if sizes[i] != 1]
     inner: list[int] = []
