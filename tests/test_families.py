@@ -17,6 +17,8 @@ TOLERANCE = 1e-10
 
 LARGE = {"resnet"}
 """Left to the slow tests; there is a smaller one of the same kind."""
+SEVERAL = {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches"}
+"""Those of several chains, which take long."""
 SPLIT_IN_CI = {"residual_mlp", "post_ln_transformer", "gated_loop", "lstm_last_step"}
 
 sizes = st.builds(
@@ -55,7 +57,10 @@ def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) ->
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE | {"encoder_decoder", "two_towers"}))
+@pytest.mark.parametrize(
+    "family",
+    some_slow(FAMILIES, LARGE | {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches"}),
+)
 @given(size=sizes, seed=st.integers(0, 2**31), more=st.integers(1, 3))
 def test_reference_at_few_iterations(family: str, size: Size, seed: int, more: int) -> None:
     check_iterations(build(family, size, seed), [0, more])
