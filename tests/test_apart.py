@@ -59,7 +59,7 @@ def kept_by(m: nn.Module, x: Tensor, **options: Any) -> list[tuple[int, ...]]:
     return sorted(tuple(tensor.shape) for tensor in kept.values())
 
 
-@pytest.mark.parametrize("options", SETTINGS)
+@pytest.mark.parametrize("options", [SETTINGS[0], pytest.param(SETTINGS[1], marks=pytest.mark.slow)])
 def test_norms_read_copies(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Their weights and biases, in the forward pass, and with exact backpropagation the weights in both."""
     m, x = model(BLOCKS), torch.randn(5, 4, dtype=torch.float64)

@@ -87,7 +87,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return found
 
 
-@pytest.mark.parametrize("iterated", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("iterated", [True, False])
 def test_code_from_a_cache_shows_what_it_records(iterated: bool, programs: list[Program]) -> None:
     """That it was not rewritten nobody says: the first backward pass does, and not the forward passes."""
     m, x = model(3), torch.randn(5, 4, dtype=torch.float64)

@@ -58,7 +58,7 @@ def test_k_is_chosen(reentrant: bool, nested: bool) -> None:
 W = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_same_graph_several_times_a_step(nested: bool) -> None:
     """Each time is computed again with its own settings, also if a checkpoint around both does that too."""
     m, x = settled(), rows()

@@ -19,7 +19,7 @@ LARGE = {"resnet"}
 """Left to the slow tests; there is a smaller one of the same kind."""
 SEVERAL = {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches"}
 """Those of several chains, which take long."""
-SPLIT_IN_CI = {"residual_mlp", "post_ln_transformer", "gated_loop", "lstm_last_step"}
+SPLIT_IN_CI = {"residual_mlp", "gated_loop", "lstm_last_step"}
 
 sizes = st.builds(
     Size,

@@ -123,7 +123,7 @@ def test_the_users_own_pass_in_the_configuration(codegen: str) -> None:
     assert len(rewritten(records)) == 1
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_users_own_pass_as_an_option(codegen: str) -> None:
     m, mine = model(4), Mine()
     with fresh_cache(), recorded() as records:  # no pass is called where code comes from a cache

@@ -52,7 +52,7 @@ def watched(m: nn.Module, x: Tensor, **options: Any) -> tuple[Monitor, list[Tens
     return hwbp_compile.monitor(m), found
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_steps_are_what_they_are_defined_to_be(codegen: str) -> None:
     m, x = model(), torch.randn(5, 4, dtype=torch.float64)
     expected = steps_of(cotangents(m, x, 3))
@@ -146,7 +146,7 @@ def one_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_address")
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_records_at_one_address(codegen: str) -> None:
     m = model()
     c = compiled(m, apply="always", iterations=2, codegen=codegen)

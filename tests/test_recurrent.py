@@ -206,9 +206,12 @@ def variants() -> list[Any]:
     only = {"projection": "lstm", "projection, no bias": "lstm", "relu": "rnn_tanh"}
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
     every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
-    start_at_zero = ("plain",)
+    start_at_zero = {"plain"}
+    always = set(VARIANTS) - {"projection"}
     return [
-        pytest.param(*each, given, marks=() if given or each[1] in start_at_zero else pytest.mark.slow)
+        pytest.param(
+            *each, given, marks=() if each[1] in (always if given else start_at_zero) else pytest.mark.slow
+        )
         for each in every
         for given in (False, True)
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import some_slow
 from scan_cells import CELLS
 from test_scans import Model, data
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def test_measurements(key: str) -> None:
     assert predicted(100, 128, 8) == predicted(16, 128, 8)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", some_slow(CELLS, {"block gru", "s lstm"}))
 def test_scans_are_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no failure is taken for a reason to leave them exact."""
     model = Model(CELLS[name])

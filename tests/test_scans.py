@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from compare import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import some_slow
 from reference import Settings, Step, reference_run
 from scan_cells import CELLS, Cell, State
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def highway(model: nn.Module, inputs: Sequence[Tensor], **options: Any) -> list[
     return gradients(model, compiled, inputs)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", some_slow(CELLS, {"block gru"}))
 @given(
     steps=st.integers(2, 7),
     batch=st.sampled_from([1, 3, 5]),
@@ -369,7 +370,7 @@ def test_half_precision_runs_in_loops() -> None:
         assert relative_error(*floats) <= 0.05
 
 
-@pytest.mark.parametrize("name", ["layer norm lstm", "block gru"])
+@pytest.mark.parametrize("name", ["layer norm lstm", pytest.param("block gru", marks=pytest.mark.slow)])
 def test_loops_without_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What loops and kernels compute is the same, exactly and at a small k."""
     model = Model(CELLS[name])
