@@ -47,7 +47,8 @@ def gradients(built: Built, forward: nn.Module) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(output.shape, generator=generator, dtype=output.dtype)
     ((output * direction).sum() / output.numel() ** 0.5 + output.square().mean()).backward()
-    return [p.grad.clone() for p in built.model.parameters() if p.grad is not None]
+    # Compiled, a parameter of an output that nobody uses has a gradient of zeros.
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in built.model.parameters()]
 
 
 def norm(values: list[Tensor]) -> float:
