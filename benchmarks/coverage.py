@@ -19,6 +19,7 @@ from library_models import MODELS, Built
 from torch import Tensor, nn
 
 import hwbp_compile
+from hwbp_compile.report.closeness import closeness
 
 ENOUGH = {"iterations": 1000, "apply": "always", "codegen": "eager"}
 
@@ -51,15 +52,11 @@ def gradients(built: Built, forward: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in built.model.parameters()]
 
 
-def norm(values: list[Tensor]) -> float:
-    return float(torch.stack([v.norm() for v in values]).norm())
-
-
 def row(name: str) -> list[str]:
     built = build(name)
     expected = gradients(built, built.model)
     found = gradients(built, torch.compile(built.model, backend="highway", options=ENOUGH))
-    error = norm([f - e for f, e in zip(found, expected, strict=True)]) / norm(expected)
+    error = closeness(found, expected).relative_error
     torch._dynamo.reset()
     chains = hwbp_compile.explain(built.model, options=ENOUGH, **built.inputs).chains
     rewritten = [f"{c.blocks} ({c.residual})" for c in chains if c.applied]

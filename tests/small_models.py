@@ -75,12 +75,19 @@ class Twice(torch.autograd.Function):
         return twice(g)
 
 
-class Unbatchable(nn.Module):
+class Through(nn.Module):
+    """x + function(f(x)), of a function with a backward of its own."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.f, self.function = mlp(D, D), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.function.apply(self.f(x))
+
+
+class Unbatchable(Through):
     """Its backward is linear, but has an operator that vmap could only run in a loop."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.f = mlp(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + Twice.apply(self.f(x))
+        super().__init__(Twice)

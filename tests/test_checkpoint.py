@@ -32,6 +32,12 @@ def settings_of(m: torch.nn.Module) -> list[Any]:
     return ["watched" if s.watched else s.iterations for s in hwbp_compile.monitor(m).history]
 
 
+def grads_of(m: torch.nn.Module, loss: Tensor) -> list[Tensor]:
+    m.zero_grad()
+    loss.backward()
+    return [p.grad for p in m.parameters() if p.grad is not None]
+
+
 @pytest.mark.parametrize(
     ("reentrant", "nested"),
     [(False, False), (True, False), (False, True), pytest.param(True, True, marks=pytest.mark.slow)],
@@ -96,10 +102,7 @@ def test_each_forward_pass_keeps_the_settings_that_it_had(first: int) -> None:
     hwbp_compile.set_iterations(m, iterations=1, group_size=3)
     losses.append(run(x).square().sum())
     for i in (first, 1 - first):
-        m.zero_grad()
-        losses[i].backward()
-        found = [p.grad for p in m.parameters() if p.grad is not None]
-        assert relative_error(found, expected[i]) <= 1e-12
+        assert relative_error(grads_of(m, losses[i]), expected[i]) <= 1e-12
 
 
 def test_the_function_in_a_checkpoint_asks_for_a_gradient_itself() -> None:
@@ -117,9 +120,7 @@ def test_the_function_in_a_checkpoint_asks_for_a_gradient_itself() -> None:
     m.zero_grad()
     loss = run(x).square().sum()
     hwbp_compile.set_iterations(m, "exact")
-    loss.backward()
-    found = [p.grad for p in m.parameters() if p.grad is not None]
-    assert relative_error(found, expected) <= 1e-12
+    assert relative_error(grads_of(m, loss), expected) <= 1e-12
 
 
 def test_code_that_is_compiled_again_in_between() -> None:
@@ -132,10 +133,7 @@ def test_code_that_is_compiled_again_in_between() -> None:
     loss = run(x).square().sum()
     hwbp_compile.set_iterations(m, iterations=1, group_size=3)
     run(more).square().sum().backward()
-    m.zero_grad()
-    loss.backward()
-    found = [p.grad for p in m.parameters() if p.grad is not None]
-    assert relative_error(found, expected) <= 1e-12
+    assert relative_error(grads_of(m, loss), expected) <= 1e-12
 
 
 def test_a_backward_pass_that_comes_twice() -> None:

@@ -206,12 +206,9 @@ def variants() -> list[Any]:
     only = {"projection": "lstm", "projection, no bias": "lstm", "relu": "rnn_tanh"}
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
     every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
-    start_at_zero = {"plain"}
-    always = set(VARIANTS) - {"projection"}
+    in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection"}}
     return [
-        pytest.param(
-            *each, given, marks=() if each[1] in (always if given else start_at_zero) else pytest.mark.slow
-        )
+        pytest.param(*each, given, marks=() if each[1] in in_ci[given] else pytest.mark.slow)
         for each in every
         for given in (False, True)
     ]

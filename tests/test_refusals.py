@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import recorded, relative_error, rewritten
 from families import mlp
-from small_models import D, Unbatchable, chain, check_exact, compiled, grads, model
+from small_models import D, Through, Unbatchable, chain, check_exact, compiled, grads, model
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
@@ -120,15 +120,7 @@ class Quantise(torch.autograd.Function):
     ],
 )
 def test_blocks_that_are_not_linear(function: Any, reason: str) -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.f = mlp(D, D)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + function.apply(self.f(x))
-
-    m = nn.Sequential(nn.Linear(D, D), *chain(4), Odd(), *chain(4)).double()
+    m = nn.Sequential(nn.Linear(D, D), *chain(4), Through(function), *chain(4)).double()
     x = torch.randn(5, D).double()
     expected = grads(m, m, x)
     with recorded() as records:
@@ -179,14 +171,6 @@ def in_another_dtype(g: Tensor) -> Tensor:
 def test_backward_that_depends_on_the_memory_layout_is_left_exact(
     backward: Callable[[Tensor], Tensor],
 ) -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.f = mlp(D, D)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + ByHand.apply(self.f(x))
-
     class ByHand(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -196,7 +180,7 @@ def test_backward_that_depends_on_the_memory_layout_is_left_exact(
         def backward(ctx: Any, g: Tensor) -> Tensor:
             return backward(g)
 
-    m = nn.Sequential(nn.Linear(D, D), *[Odd() for _ in range(5)]).double()
+    m = nn.Sequential(nn.Linear(D, D), *[Through(ByHand) for _ in range(5)]).double()
     check_exact(m, torch.randn(5, D).double(), chains=0, iterations=0, apply="always", tolerance=1e-6)
 
 

@@ -72,30 +72,25 @@ def vmap_rule(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks
     """``torch.vmap`` of the one operator; refused where it would loop over the blocks."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Stacked)]
-    form: Any = None
-    absent: list[bool] = []  # of several gradients those that nobody wants
 
     def call(*values: Tensor) -> Any:
         filled = list(leaves)
         for i, value in zip(where, values, strict=True):
             filled[i] = value
         a, k = pytree.tree_unflatten(filled, spec)
-        nonlocal form
-        results, form = pytree.tree_flatten(target(*a, **k))
-        absent[:] = [result is None for result in results]
-        return tuple(result for result in results if result is not None)
+        # Of several gradients those that nobody wants are None, which vmap does not take.
+        return pytree.tree_map(lambda result: () if result is None else result, target(*a, **k))
 
     try:
         with vmap_fallback_is_an_error():
-            present = iter(torch.vmap(call, randomness="error")(*(leaves[i].value for i in where)))
+            out = torch.vmap(call, randomness="error")(*(leaves[i].value for i in where))
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
         raise CannotRewrite(
             f"unsupported operator {target} (it cannot be batched over the blocks)"
         ) from error
-    out = [None if left_out else Stacked(next(present)) for left_out in absent]
-    return pytree.tree_unflatten(out, form)
+    return pytree.tree_map_only(Tensor, Stacked, out)
 
 
 def pointwise(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:

@@ -31,7 +31,7 @@ from .parameter_gradients import (
     keep_one_term,
     read_by,
 )
-from .strides import inverse, is_contiguous, order_of
+from .strides import inverse, is_contiguous, order_of, same_strides
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def in_place_of(node: Node, row: Tensor) -> Tensor:
     order = order_of(like)
     if order is not None and is_contiguous(like, order):
         return row.contiguous()
-    if str(row.stride()) == str(like.stride()):
+    if same_strides(row, like):
         return row
     if order is None:
         raise CannotRewrite("the state has a memory layout that a new tensor cannot have")

@@ -17,7 +17,7 @@ from .. import _compat
 from .linear import linear_part
 from .linear_ops import op_name, same_shape
 from .row_gradients import call
-from .strides import dense_order, inverse, order_of
+from .strides import dense_order, inverse, order_of, same_strides
 
 aten = torch.ops.aten
 
@@ -56,7 +56,7 @@ def _copied(graph: Graph, node: Node) -> Rewrite | None:
     value, result = source.meta["val"], node.meta["val"]
     if not same_shape(value, result) or not _same_kind(value, result):
         return None
-    if list(map(str, value.stride())) == list(map(str, result.stride())):
+    if same_strides(value, result):
         return lambda: _operand(node, 1)
     order, strides = order_of(result), result.stride()
     if order is None:

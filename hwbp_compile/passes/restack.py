@@ -15,6 +15,7 @@ from .. import _compat
 from .early import is_backward, stack_early
 from .linear_ops import MATRIX_PRODUCTS, op_name
 from .shared_stacks import shared_stacks
+from .strides import same_strides
 from .views import STACKED, Row, concatenated, is_view, row_of
 
 
@@ -77,7 +78,7 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
 
 def _is_laid_out_like(a: Node, b: Node) -> bool:
     x, y = a.meta["val"], b.meta["val"]
-    return (x.is_contiguous() and y.is_contiguous()) or str(x.stride()) == str(y.stride())
+    return (x.is_contiguous() and y.is_contiguous()) or same_strides(x, y)
 
 
 def _returned(node: Node, besides: Node | None = None) -> bool:

@@ -44,6 +44,11 @@ def is_contiguous(value: torch.Tensor, order: Sequence[int]) -> bool:
     return matter == sorted(matter)
 
 
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors provably have equal strides; symbolic ones are compared as written."""
+    return str(tuple(a.stride())) == str(tuple(b.stride()))
+
+
 def inverse(order: Sequence[int]) -> list[int]:
     """The permutation that undoes another."""
     return [list(order).index(i) for i in range(len(order))]

@@ -75,8 +75,12 @@ class Trial:
 
 
 def _compiled(codegen: str) -> Callable[..., Any]:
-    options: dict[str, Any] = {"iterations": "exact", "apply": "always", "codegen": codegen}
-    options["fallback_random"] = True  # the same random numbers in generated code
+    options: dict[str, Any] = {
+        "iterations": "exact",
+        "apply": "always",
+        "codegen": codegen,
+        "fallback_random": True,  # the same random numbers in generated code
+    }
     return torch.compile(copy_function(_call, __name__), backend="highway", options=options)
 
 
