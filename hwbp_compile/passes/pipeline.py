@@ -15,6 +15,7 @@ from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
+from .addresses import use_addresses
 from .apart import take_apart
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
@@ -96,7 +97,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     is_rewritten = any(outcome.schedule is not None for outcome in done.outcomes)
-    simplified(graph, *([sink_stacks, restack] if is_rewritten else []), take_apart)
+    simplified(graph, *([sink_stacks, restack, use_addresses] if is_rewritten else []), take_apart)
     lap("simplify")
     return done
 
