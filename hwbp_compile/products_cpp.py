@@ -50,6 +50,12 @@ template <int64_t N> constexpr int64_t WIDE = MANY ? (N > 4 ? 2 : N > 2 ? 4 : 8)
 constexpr int64_t PANEL = WIDE<1> * LANES;
 constexpr int64_t LEAST = 1 << 16;       // products of two numbers that are worth a thread
 
+static inline Vec all(Real value) {
+    Vec result;
+    for (int64_t i = 0; i < LANES; i++) result[i] = value;
+    return result;
+}
+
 static inline Vec load(const Real* from, int64_t count) {
     Vec value = {};
     if (count == LANES) std::memcpy(&value, from, sizeof(Vec));
@@ -79,7 +85,7 @@ static inline void tile(const Real* x, int64_t x_step, const Real* weight, int64
             w[c] = load(weight + j * columns + c * LANES, c + 1 < C ? LANES : count);
         #pragma GCC unroll 8
         for (int64_t r = 0; r < N; r++) {
-            const Real h = x[r * x_step + j];
+            const Vec h = all(x[r * x_step + j]);
             #pragma GCC unroll 8
             for (int64_t c = 0; c < C; c++) sum[r][c] += h * w[c];
         }

@@ -27,7 +27,8 @@ torch.library.define(
 @torch.library.impl("hwbp_compile::addresses", "CPU")
 def _addresses(matrices: list[Tensor]) -> Tensor:
     matrices = [each.contiguous() for each in matrices]
-    table = torch.tensor([each.data_ptr() for each in matrices])
+    # Without a device it would be on the default one.
+    table = torch.tensor([each.data_ptr() for each in matrices], device="cpu")
     # They live as long as the table does: a tensor keeps its attributes.
     table.matrices = matrices  # type: ignore[attr-defined]
     return table
@@ -38,11 +39,19 @@ def _fake_addresses(matrices: list[Tensor]) -> Tensor:
     return matrices[0].new_empty((len(matrices),), dtype=torch.int64)
 
 
+def _stacked(addresses: Any) -> Tensor:
+    """The matrices of a table in one tensor, copied once."""
+    if not hasattr(addresses, "stacked"):
+        addresses.stacked = torch.stack(addresses.matrices)
+    stacked: Tensor = addresses.stacked
+    return stacked
+
+
 @torch.library.impl("hwbp_compile::products", "CPU")
 def _products(x: Tensor, addresses: Any, columns: int, first: int = 0, step: int = 1) -> Tensor:
     kernel = products_cpp.kernel(x.dtype)
     if kernel is None:
-        return torch.bmm(x, torch.stack(addresses.matrices[first::step][: x.shape[0]]))
+        return torch.bmm(x, _stacked(addresses)[first::step][: x.shape[0]])
     blocks, rows, inner = x.shape
     if x.stride(2) != 1 and inner > 1:
         x = x.contiguous()

@@ -397,7 +397,7 @@ def test_a_single_group_is_iterated_once(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.records
 
 
-@pytest.mark.parametrize("iterations", ["auto", LENGTH])
+@pytest.mark.parametrize("iterations", [pytest.param("auto", marks=pytest.mark.slow), LENGTH])
 def test_a_gradient_scaler_leaves_out_the_same_steps(iterations: Any) -> None:
     """Inf in one batch: the weights stay, the scale is halved, training goes on, as with exact gradients."""
     torch.manual_seed(0)

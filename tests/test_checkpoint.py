@@ -40,8 +40,8 @@ def grads_of(m: torch.nn.Module, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("reentrant", "nested"),
-    [(False, False), (True, False), (False, True), pytest.param(True, True, marks=pytest.mark.slow)],
-    ids=["not reentrant", "reentrant", "nested", "reentrant and nested"],
+    [(False, False), *(pytest.param(True, n, marks=pytest.mark.slow) for n in (False, True)), (False, True)],
+    ids=["not reentrant", "reentrant", "reentrant and nested", "nested"],
 )
 def test_k_is_chosen(reentrant: bool, nested: bool) -> None:
     m, x = settled(), rows()

@@ -34,9 +34,10 @@ def new_nodes(family: str, depth: int, iterations: int) -> tuple[int, Record]:
 
 
 LARGE = {"resnet", "preact_resnet", "pre_ln_transformer", "post_ln_transformer", "mixer"}
+LIKE_OTHERS = {"layer_scale", "highway_layers", "gru_loop"}
 
 
-@pytest.mark.parametrize("family", some_slow(CHAINS_OF_FEW_CLASSES, LARGE))
+@pytest.mark.parametrize("family", some_slow(CHAINS_OF_FEW_CLASSES, LARGE | LIKE_OTHERS))
 def test_an_iteration_adds_as_many_nodes_whatever_the_depth(family: str) -> None:
     """Also the proof that no batched operator is a loop over the layers."""
     added = {depth: new_nodes(family, depth, 3)[0] - new_nodes(family, depth, 2)[0] for depth in (3, 7)}

@@ -42,6 +42,13 @@ def assigned(a: Tensor, b: Tensor, _: nn.Module) -> Tensor:
     return y
 
 
+def assigned_to_several(a: Tensor, b: Tensor, _: nn.Module) -> Tensor:
+    y = a.clone()
+    y[..., :3] = b[..., 3:4]
+    y[:, 1] = b[:, :1, 0]
+    return y
+
+
 def assigned_step_by_step(a: Tensor, b: Tensor, _: nn.Module) -> Tensor:
     y = a.new_empty(T, B, D)
     for t in range(T):
@@ -113,6 +120,7 @@ def normalised(a: Tensor, b: Tensor, norm: nn.Module) -> Tensor:
 
 CASES: dict[str, tuple[Callable[[Tensor, Tensor, nn.Module], Tensor], Callable[[], nn.Module | None]]] = {
     "parts assigned to": (assigned, lambda: None),
+    "parts assigned the same": (assigned_to_several, lambda: None),
     "steps assigned to": (assigned_step_by_step, lambda: None),
     "pooling with channels last": (pooled_with_channels_last, lambda: None),
     "padding": (padded, lambda: nn.Conv2d(D, D, 3)),
@@ -173,7 +181,12 @@ def test_batched_in_generated_code(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pooling with channels last", pytest.param("instances normalised", marks=pytest.mark.slow)]
+    "name",
+    [
+        "pooling with channels last",
+        "parts assigned the same",
+        pytest.param("instances normalised", marks=pytest.mark.slow),
+    ],
 )
 def test_sizes_left_open(name: str, caplog: pytest.LogCaptureFixture) -> None:
     case = build(name)

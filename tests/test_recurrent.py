@@ -206,7 +206,7 @@ def variants() -> list[Any]:
     only = {"projection": "lstm", "projection, no bias": "lstm", "relu": "rnn_tanh"}
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
     every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
-    in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection"}}
+    in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection", "layers"}}
     return [
         pytest.param(*each, given, marks=() if each[1] in in_ci[given] else pytest.mark.slow)
         for each in every
@@ -588,7 +588,7 @@ def test_modules_without_memory(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 def test_inductor_in_single_precision(kind: str) -> None:
-    module = KINDS[kind](3, 8, num_layers=2)
+    module = KINDS[kind](3, 8)
     model = Model(module)
     x = torch.randn(20, 4, 3, requires_grad=True)
     expected = gradients(model, model, x)

@@ -32,7 +32,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, exact: float, iterated: float) -> N
     monkeypatch.setattr(cost, "_iterated", lambda case, settings, steps: iterated * steps)
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("kind", [nn.GRU, pytest.param(nn.LSTM, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("exact", "iterated", "applied"), [(1.0, 2.0, False), (2.0, 1.0, True), (1.0, 0.97, False)]
 )

@@ -96,7 +96,9 @@ def test_batch_sizes_that_change(dynamic: bool | None) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (3, 5), (3, 7)])
+@pytest.mark.parametrize(
+    "shape", [*(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 5), (3, 5))), (3, 7)]
+)
 def test_dynamic_shapes_in_attention(shape: tuple[int, int]) -> None:
     m = nn.Sequential(nn.Linear(D, D), *[Residual(nn.LayerNorm(D), Attention(D)) for _ in range(4)]).double()
     check_exact(m, torch.randn(*shape, D).double(), dynamic=True)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import PreAct
-from small_models import D, chain, check_exact
+from families import PreAct, Residual
+from small_models import LENGTH, D, chain, check_exact
 from torch import Tensor, nn
 
 
@@ -127,3 +127,20 @@ def test_gradient_noise_is_an_affine_term() -> None:
             return x + self.b(Noise.apply(torch.tanh(self.a(x))))
 
     check_exact(nn.Sequential(*[Noisy() for _ in range(5)]).double(), torch.randn(5, D).double())
+
+
+class FewRows(nn.Module):
+    """A block that reads some rows of its state, one by one: of the others no gradient comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.tanh(self.linear(x[0])) * x[2]
+        return y.expand(4, D)
+
+
+def test_blocks_that_read_some_rows_of_their_state() -> None:
+    m = nn.Sequential(*(Residual(nn.Identity(), FewRows()) for _ in range(LENGTH))).double()
+    check_exact(m, torch.randn(4, D, dtype=torch.float64))

@@ -76,6 +76,13 @@ def _copy(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: in
     return Stacked(target(args[0].value, **kwargs))
 
 
+@batching_rule("copy")
+def _overwritten(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
+    """``copy(memory, source)``: the source, which may have to be broadcast; nothing of what was there."""
+    memory, source = (stacked(x, blocks) for x in args[:2])
+    return Stacked(align(source, memory.dim() - 1).to(memory.dtype).expand(memory.shape))
+
+
 @batching_rule("prims::convert_element_type prims::view_of")
 def _convert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
     return Stacked(target(args[0].value, *args[1:], **kwargs))

@@ -27,6 +27,7 @@ from .record import needed_without_records, observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
 from .sink import sink_stacks
+from .sizes import sizes_of_inputs
 from .worth import Comparison, compare
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
 
 def prepare(graph: Graph, *, backup: Graph | None = None) -> None:
     """What autograd wrote, in operators that can be batched; applied twice it is as if applied once."""
-    simplified(graph, read_as_values, join_row_gradients, backup=backup)
+    simplified(graph, sizes_of_inputs, read_as_values, join_row_gradients, backup=backup)
 
 
 def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> None:

@@ -41,11 +41,14 @@ def join_row_gradients(graph: Graph) -> int:
             if len(set(alike)) == 2 and known:
                 others: list[_Rows] = [{None: [x]} for x in alike if x not in known]
                 sums[node] = functools.reduce(_merged, [*(sums.pop(x) for x in known), *others])
-    found = [(node, rows) for node, rows in sums.items() if _most(node, rows)]
-    for node, rows in found:
-        _join(graph, node, rows)
+    joined: dict[Node, Node] = {}
+    for node, rows in sums.items():
+        if _most(node, rows):
+            # What is added to a sum may be a sum that has been replaced.
+            present = {row: [joined.get(n, n) for n in found] for row, found in rows.items()}
+            joined[node] = _join(graph, node, present)
     graph.eliminate_dead_code()
-    return len(found)
+    return len(joined)
 
 
 def _alike(a: Node, b: Node) -> bool:
@@ -73,14 +76,14 @@ def _merged(a: _Rows, b: _Rows) -> _Rows:
     return a
 
 
-def _join(graph: Graph, node: Node, rows: _Rows) -> None:
+def _join(graph: Graph, node: Node, rows: _Rows) -> Node:
     whole = node.meta["val"]
     with graph.inserting_before(node):
         parts = []
         for row in range(whole.shape[0]):
             if row not in rows:
                 (first, *_), *_ = (gradients for number, gradients in rows.items() if number is not None)
-                zeros = call(graph, torch.ops.aten.full_like.default, (first, 0), like=node)
+                zeros = _zeros(graph, first, node)
                 parts.append(call(graph, torch.ops.aten.unsqueeze.default, (zeros, 0), like=node))
                 continue
             total, *others = rows[row]
@@ -91,6 +94,16 @@ def _join(graph: Graph, node: Node, rows: _Rows) -> None:
         for other in rows.get(None, ()):
             joined = call(graph, torch.ops.aten.add.Tensor, (joined, other), like=node)
     node.replace_all_uses_with(joined)
+    return joined
+
+
+def _zeros(graph: Graph, row: Node, like: Node) -> Node:
+    """A row without a gradient, which depends on that of no other if its size is known."""
+    value = row.meta["val"]
+    if not all(isinstance(n, int) for n in value.shape):
+        return call(graph, torch.ops.aten.full_like.default, (row, 0), like=like)
+    kind = {"dtype": value.dtype, "device": value.device}
+    return call(graph, torch.ops.aten.full.default, (list(value.shape), 0), like=like, **kind)
 
 
 def call(graph: Graph, target: Any, args: Sequence[Any], *, like: Node, **kwargs: Any) -> Node:
