@@ -49,6 +49,7 @@ constexpr int64_t TILE = MANY ? 8 : 4;   // rows in a tile
 template <int64_t N> constexpr int64_t WIDE = MANY ? (N > 4 ? 2 : N > 2 ? 4 : 8) : (N > 2 ? 2 : 4);
 constexpr int64_t PANEL = WIDE<1> * LANES;
 constexpr int64_t LEAST = 1 << 16;       // products of two numbers that are worth a thread
+constexpr int64_t TERMS = 512;           // that are summed up one after the other, so that errors stay small
 
 static inline Vec all(Real value) {
     Vec result;
@@ -72,29 +73,33 @@ static inline void store(const Vec& value, Real* to, int64_t count) {
 template <int64_t N, int64_t C>
 static inline void tile(const Real* x, int64_t x_step, const Real* weight, int64_t inner, int64_t columns,
                         Real* out, int64_t count) {
-    Vec sum[N][C];
-    #pragma GCC unroll 8
-    for (int64_t r = 0; r < N; r++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) sum[r][c] = Vec{};
-    }
-    for (int64_t j = 0; j < inner; j++) {
-        Vec w[C];
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            w[c] = load(weight + j * columns + c * LANES, c + 1 < C ? LANES : count);
+    Vec total[N][C] = {};
+    for (int64_t begin = 0; begin < inner; begin += TERMS) {
+        const int64_t end = std::min(begin + TERMS, inner);
+        Vec sum[N][C] = {};
+        for (int64_t j = begin; j < end; j++) {
+            Vec w[C];
+            #pragma GCC unroll 8
+            for (int64_t c = 0; c < C; c++)
+                w[c] = load(weight + j * columns + c * LANES, c + 1 < C ? LANES : count);
+            #pragma GCC unroll 8
+            for (int64_t r = 0; r < N; r++) {
+                const Vec h = all(x[r * x_step + j]);
+                #pragma GCC unroll 8
+                for (int64_t c = 0; c < C; c++) sum[r][c] += h * w[c];
+            }
+        }
         #pragma GCC unroll 8
         for (int64_t r = 0; r < N; r++) {
-            const Vec h = all(x[r * x_step + j]);
             #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++) sum[r][c] += h * w[c];
+            for (int64_t c = 0; c < C; c++) total[r][c] += sum[r][c];
         }
     }
     #pragma GCC unroll 8
     for (int64_t r = 0; r < N; r++) {
         #pragma GCC unroll 8
         for (int64_t c = 0; c < C; c++)
-            store(sum[r][c], out + r * columns + c * LANES, c + 1 < C ? LANES : count);
+            store(total[r][c], out + r * columns + c * LANES, c + 1 < C ? LANES : count);
     }
 }
 
@@ -112,9 +117,9 @@ static void panel(const Real* x, int64_t x_step, const Real* weight, int64_t inn
     tile<N, 1>(x, x_step, weight + from, inner, columns, out + from, width - from);
 }
 
-extern "C" void kernel(const REAL* x, const int64_t* addresses, REAL* out, int64_t blocks, int64_t rows,
-                       int64_t inner, int64_t columns, int64_t x_jump, int64_t x_step, int64_t start,
-                       int64_t step, int64_t threads) {
+extern "C" void kernel(const REAL* x, int64_t addresses, REAL* out, int64_t blocks, int64_t rows,
+                       int64_t inner, int64_t columns, int64_t x_jump, int64_t x_step, int64_t threads) {
+    const int64_t* matrices = reinterpret_cast<const int64_t*>(addresses);
     const int64_t panels = (columns + PANEL - 1) / PANEL, units = blocks * panels;
     const int64_t work = blocks * inner * columns * (rows + 3);  // to read a matrix takes some rows' time
     threads = std::max(int64_t(1), std::min({threads, units, work / LEAST}));
@@ -122,7 +127,7 @@ extern "C" void kernel(const REAL* x, const int64_t* addresses, REAL* out, int64
     for (int64_t unit = 0; unit < units; unit++) {
         const int64_t block = unit / panels, first = unit % panels * PANEL;
         const int64_t width = std::min(PANEL, columns - first);
-        const Real* weight = reinterpret_cast<const Real*>(addresses[start + block * step]) + first;
+        const Real* weight = reinterpret_cast<const Real*>(matrices[block]) + first;
         const Real* from = x + block * x_jump;
         Real* to = out + block * rows * columns + first;
         for (int64_t r = 0; r < rows;) {
@@ -141,13 +146,21 @@ extern "C" void kernel(const REAL* x, const int64_t* addresses, REAL* out, int64
 """
 
 
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for a dtype, if it can be compiled.
+
+    There is none for processors without wide vectors, on which it has not been compared with a library.
+    """
+    return dtype in TYPES and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 @functools.cache
 def kernel(dtype: torch.dtype) -> Kernel | None:
     """The compiled kernel for a dtype; None where there is none, with a warning if it cannot be compiled."""
-    if dtype not in TYPES:
+    if not has_kernel(dtype):
         return None
     element = TYPES[dtype]
-    arguments = [f"const {element}*", "const int64_t*", f"{element}*", *["int64_t"] * 9]
+    arguments = [f"const {element}*", "int64_t", f"{element}*", *["int64_t"] * 7]
     try:
         return _compat.load_cpp_kernel(arguments, _SOURCE.replace("REAL", element))
     except Exception as error:  # a missing compiler shows itself in many ways

@@ -1,70 +1,45 @@
 """``hwbp_compile::products``: one product with each of many matrices, which are read where they lie.
 
 For a few rows it takes longer to copy the weights of all blocks into a stack than to multiply with them, and
-the copies take as much memory as the weights. ``hwbp_compile::addresses`` makes a table of where they are,
-once for all products.
+the copies take as much memory as the weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from array import array
 
 import torch
 from torch import Tensor
 
 from . import products_cpp
 
+# A table of addresses, made once for many products, would be a little faster. But a compiler that computed
+# the matrices would not see when they are read, and use their memory for something else.
 torch.library.define(
-    "hwbp_compile::addresses", "(Tensor[] matrices) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "hwbp_compile::products", "(Tensor x, Tensor[] matrices) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
-torch.library.define(
-    "hwbp_compile::products",
-    "(Tensor x, Tensor addresses, SymInt columns, int first=0, int step=1) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("hwbp_compile::addresses", "CPU")
-def _addresses(matrices: list[Tensor]) -> Tensor:
-    matrices = [each.contiguous() for each in matrices]
-    # Without a device it would be on the default one.
-    table = torch.tensor([each.data_ptr() for each in matrices], device="cpu")
-    # They live as long as the table does: a tensor keeps its attributes.
-    table.matrices = matrices  # type: ignore[attr-defined]
-    return table
-
-
-@torch.library.register_fake("hwbp_compile::addresses")
-def _fake_addresses(matrices: list[Tensor]) -> Tensor:
-    return matrices[0].new_empty((len(matrices),), dtype=torch.int64)
-
-
-def _stacked(addresses: Any) -> Tensor:
-    """The matrices of a table in one tensor, copied once."""
-    if not hasattr(addresses, "stacked"):
-        addresses.stacked = torch.stack(addresses.matrices)
-    stacked: Tensor = addresses.stacked
-    return stacked
 
 
 @torch.library.impl("hwbp_compile::products", "CPU")
-def _products(x: Tensor, addresses: Any, columns: int, first: int = 0, step: int = 1) -> Tensor:
+def _products(x: Tensor, matrices: list[Tensor]) -> Tensor:
     kernel = products_cpp.kernel(x.dtype)
-    if kernel is None:
-        return torch.bmm(x, _stacked(addresses)[first::step][: x.shape[0]])
+    if kernel is None or not all(each.is_contiguous() for each in matrices):
+        return torch.bmm(x, torch.stack(matrices))
     blocks, rows, inner = x.shape
+    columns = matrices[0].shape[1]
     if x.stride(2) != 1 and inner > 1:
         x = x.contiguous()
     x_jump, x_step, _ = x.stride()
     out = x.new_empty((blocks, rows, columns))
     if out.numel():
-        threads = torch.get_num_threads()
+        addresses = array("q", [each.data_ptr() for each in matrices])
         kernel(
-            x, addresses, out, blocks, rows, inner, columns, x_jump, x_step, first, step, threads
+            x, addresses.buffer_info()[0], out, blocks, rows, inner, columns, x_jump, x_step,
+            torch.get_num_threads(),
         )  # fmt: skip
     return out
 
 
 @torch.library.register_fake("hwbp_compile::products")
-def _fake_products(x: Tensor, addresses: Tensor, columns: int, first: int = 0, step: int = 1) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], columns))
+def _fake(x: Tensor, matrices: list[Tensor]) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], matrices[0].shape[1]))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import recorded, rewritten
 from families import PreAct, Residual
-from small_models import LENGTH, D, chain, check_exact
+from small_models import LENGTH, D, chain, check_exact, compiled, grads
 from torch import Tensor, nn
 
 
@@ -144,3 +145,45 @@ class FewRows(nn.Module):
 def test_blocks_that_read_some_rows_of_their_state() -> None:
     m = nn.Sequential(*(Residual(nn.Identity(), FewRows()) for _ in range(LENGTH))).double()
     check_exact(m, torch.randn(4, D, dtype=torch.float64))
+
+
+class Preconditioned(torch.autograd.Function):
+    """The identity, whose backward pass multiplies with a matrix and then changes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        out = g @ ctx.matrix
+        ctx.matrix.mul_(0.5)
+        return out, None
+
+
+class Changing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+        self.register_buffer("matrix", torch.randn(D, D) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Preconditioned.apply(torch.tanh(self.linear(x)), self.matrix)
+        return y
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_what_the_backward_pass_reads_and_then_changes(codegen: str) -> None:
+    m = nn.Sequential(*(Residual(nn.LayerNorm(D), Changing()) for _ in range(LENGTH))).double()
+    before = {name: buffer.clone() for name, buffer in m.named_buffers()}
+    x = torch.randn(5, D, dtype=torch.float64)
+    expected = grads(m, m, x)
+    m.load_state_dict(before, strict=False)
+    with recorded() as records:
+        found = grads(m, compiled(m, codegen=codegen, apply="always"), x)
+    assert rewritten(records) == [(LENGTH - 1, "identity")], "nobody asks for a gradient before the first"
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    for name, buffer in m.named_buffers():
+        torch.testing.assert_close(buffer, 0.5 * before[name])

@@ -37,7 +37,7 @@ def decided(x: Tensor, monkeypatch: pytest.MonkeyPatch, call: float, flops: floa
 
 
 def test_latency_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_READ", "_RETURNED", "_COPIED", "_TABLE", "_ADDRESS", "_IN_PLACE"):
+    for name in ("_READ", "_RETURNED", "_COPIED", "_UNSTACKED", "_MATRIX"):
         monkeypatch.setattr(worth, name, 0.0)
     outcome = decided(torch.randn(3, 4).double(), monkeypatch, call=1.0, flops=1e30, iterations=1)
     assert outcome.schedule is not None
@@ -96,7 +96,7 @@ def test_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worth, "operator_seconds", lambda *_: 1e-6)
     monkeypatch.setattr(worth, "product_rate", lambda *_: 1e9)
     monkeypatch.setattr(worth, "bandwidth", lambda *_, **__: 1e12)
-    for name in ("_READ", "_RETURNED", "_COPIED", "_TABLE", "_ADDRESS", "_IN_PLACE"):
+    for name in ("_READ", "_RETURNED", "_COPIED", "_UNSTACKED", "_MATRIX"):
         monkeypatch.setattr(worth, name, 0.0)
     m = torch.compile(model(), backend="highway", options={"iterations": 2}, dynamic=True)
     for batch in (8, 128):

@@ -15,10 +15,10 @@ from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
-from .addresses import use_addresses
 from .apart import take_apart
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
+from .early import is_backward
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
@@ -28,6 +28,7 @@ from .restack import restack
 from .row_gradients import join_row_gradients
 from .sink import sink_stacks
 from .sizes import sizes_of_inputs
+from .unstacked import multiply_unstacked
 from .worth import Comparison, compare
 
 log = logging.getLogger(__name__)
@@ -98,9 +99,18 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     is_rewritten = any(outcome.schedule is not None for outcome in done.outcomes)
-    simplified(graph, *([sink_stacks, restack, use_addresses] if is_rewritten else []), take_apart)
+    simplified(graph, *([sink_stacks, restack, multiply_unstacked] if is_rewritten else []), take_apart)
+    _write_last(graph)
     lap("simplify")
     return done
+
+
+def _write_last(graph: Graph) -> None:
+    """Have the backward pass write to inputs after all else, which is to read them as they were."""
+    (output,) = graph.find_nodes(op="output")
+    for node in list(graph.nodes):
+        if is_backward(node) and _compat.mutates(node) and not node.users:
+            output.prepend(node)
 
 
 def prepare(graph: Graph, *, backup: Graph | None = None) -> None:

@@ -12,8 +12,8 @@ from torch.fx import Graph, Node
 from .. import _compat
 from ..ranges import OpenSizes, Sizes, named
 from ..rates import bandwidth, operator_seconds, product_rate
-from .addresses import products_with_inputs
 from .emit import Schedule
+from .unstacked import unstacked_products
 from .views import concatenated, is_view, row_of, views_of
 from .work import Work, work_of
 
@@ -25,8 +25,8 @@ _KERNEL, _PRODUCT = 2.0, 1.0
 _READ, _RETURNED, _COPIED, _KEPT = 1.1, 2.5, 3.0, 0.5
 """A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, a
 parameter that is copied into a stack, and what is given as a row of a stack, in calls of a small operator."""
-_TABLE, _ADDRESS, _IN_PLACE = 6.0, 0.35, 3.0
-"""A table of addresses, a matrix in it, and more for a product with one, in calls of a small operator."""
+_UNSTACKED, _MATRIX = 4.0, 0.2
+"""More for a product with matrices where they are, and for each of these, in calls of a small operator."""
 _SMALLEST, _LARGEST = 1 << 14, 1 << 25
 """Bytes moved by a kernel beyond which it is as fast as these."""
 _AROUND = 8
@@ -131,17 +131,15 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         rows = [row_of(outer.get(p, p)) for p in concatenated(node)]
         return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
 
-    in_place = {n: reads for n in own if (reads := products_with_inputs(n, lambda n: outer.get(n, n)))}
-    iterated = rest + work_of(own, lambda n: n in in_place or is_slice(n))
+    unstacked = unstacked_products(own, lambda n: outer.get(n, n))
+    iterated = rest + work_of(own, lambda n: n in unstacked or is_slice(n))
     read, returned = _boundary(graph, set(backward))
     calls = _READ * len(read) + _RETURNED * returned
-    made = [n for n in own if n not in in_place and not is_slice(n)]
+    made = [n for n in own if n not in unstacked and not is_slice(n)]
     copied = {views_of(outer[p])[0] for n in made for p in concatenated(n) if p in outer}
     kept = {n for n in read.intersection(schedule.inputs) if views_of(n)[0].op != "placeholder"}
     more = calls + _COPIED * sum(n.op == "placeholder" for n in copied) + (_KEPT - _READ) * len(kept)
-    listed = {outer.get(views_of(p)[0], p) for n in in_place for p in concatenated(n)}
-    tables = {views_of(concatenated(n)[0])[0] for n in in_place}
-    more += _TABLE * len(tables) + _ADDRESS * len(listed) + _IN_PLACE * sum(map(len, in_place.values()))
+    more += sum(_UNSTACKED + _MATRIX * len(rows) for p in unstacked.values() for rows in p.values())
     open_sizes = OpenSizes([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
     found = Comparison(exact, iterated, 0.0, 0.0, device, (calls, more), open_sizes)
     if found.is_open:
