@@ -51,12 +51,6 @@ constexpr int64_t PANEL = WIDE<1> * LANES;
 constexpr int64_t LEAST = 1 << 16;       // products of two numbers that are worth a thread
 constexpr int64_t TERMS = 512;           // that are summed up one after the other, so that errors stay small
 
-static inline Vec all(Real value) {
-    Vec result;
-    for (int64_t i = 0; i < LANES; i++) result[i] = value;
-    return result;
-}
-
 static inline Vec load(const Real* from, int64_t count) {
     Vec value = {};
     if (count == LANES) std::memcpy(&value, from, sizeof(Vec));
@@ -69,37 +63,55 @@ static inline void store(const Vec& value, Real* to, int64_t count) {
     else std::memcpy(to, &value, count * sizeof(Real));
 }
 
-// out[r, c] = sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns, the last of `count` columns.
+// sum[r][c] += sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns, the last of `count` columns.
+template <int64_t N, int64_t C>
+static inline void add_terms(Vec (&sum)[N][C], const Real* x, int64_t x_step, const Real* weight,
+                             int64_t terms, int64_t columns, int64_t count) {
+    for (int64_t j = 0; j < terms; j++) {
+        Vec w[C];
+        #pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++)
+            w[c] = load(weight + j * columns + c * LANES, c + 1 < C ? LANES : count);
+        #pragma GCC unroll 8
+        for (int64_t r = 0; r < N; r++) {
+            const Real h = x[r * x_step + j];
+            #pragma GCC unroll 8
+            for (int64_t c = 0; c < C; c++) sum[r][c] += h * w[c];
+        }
+    }
+}
+
+// out[r, c] = sum_j x[r, j] * weight[j, c], for as many.
 template <int64_t N, int64_t C>
 static inline void tile(const Real* x, int64_t x_step, const Real* weight, int64_t inner, int64_t columns,
                         Real* out, int64_t count) {
-    Vec total[N][C] = {};
-    for (int64_t begin = 0; begin < inner; begin += TERMS) {
-        const int64_t end = std::min(begin + TERMS, inner);
-        Vec sum[N][C] = {};
-        for (int64_t j = begin; j < end; j++) {
-            Vec w[C];
-            #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++)
-                w[c] = load(weight + j * columns + c * LANES, c + 1 < C ? LANES : count);
-            #pragma GCC unroll 8
-            for (int64_t r = 0; r < N; r++) {
-                const Vec h = all(x[r * x_step + j]);
-                #pragma GCC unroll 8
-                for (int64_t c = 0; c < C; c++) sum[r][c] += h * w[c];
-            }
-        }
+    Vec sum[N][C];
+    #pragma GCC unroll 8
+    for (int64_t r = 0; r < N; r++) {
+        #pragma GCC unroll 8
+        for (int64_t c = 0; c < C; c++) sum[r][c] = Vec{};
+    }
+    add_terms<N, C>(sum, x, x_step, weight, std::min(inner, TERMS), columns, count);
+    for (int64_t j = TERMS; j < inner; j += TERMS) {
+        Vec more[N][C];
         #pragma GCC unroll 8
         for (int64_t r = 0; r < N; r++) {
             #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++) total[r][c] += sum[r][c];
+            for (int64_t c = 0; c < C; c++) more[r][c] = Vec{};
+        }
+        const Real* from = weight + j * columns;
+        add_terms<N, C>(more, x + j, x_step, from, std::min(inner - j, TERMS), columns, count);
+        #pragma GCC unroll 8
+        for (int64_t r = 0; r < N; r++) {
+            #pragma GCC unroll 8
+            for (int64_t c = 0; c < C; c++) sum[r][c] += more[r][c];
         }
     }
     #pragma GCC unroll 8
     for (int64_t r = 0; r < N; r++) {
         #pragma GCC unroll 8
         for (int64_t c = 0; c < C; c++)
-            store(total[r][c], out + r * columns + c * LANES, c + 1 < C ? LANES : count);
+            store(sum[r][c], out + r * columns + c * LANES, c + 1 < C ? LANES : count);
     }
 }
 

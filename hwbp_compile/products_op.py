@@ -23,7 +23,7 @@ torch.library.define(
 @torch.library.impl("hwbp_compile::products", "CPU")
 def _products(x: Tensor, matrices: list[Tensor]) -> Tensor:
     kernel = products_cpp.kernel(x.dtype)
-    if kernel is None or not all(each.is_contiguous() for each in matrices):
+    if kernel is None or not all(map(Tensor.is_contiguous, matrices)):
         return torch.bmm(x, torch.stack(matrices))
     blocks, rows, inner = x.shape
     columns = matrices[0].shape[1]
@@ -32,7 +32,7 @@ def _products(x: Tensor, matrices: list[Tensor]) -> Tensor:
     x_jump, x_step, _ = x.stride()
     out = x.new_empty((blocks, rows, columns))
     if out.numel():
-        addresses = array("q", [each.data_ptr() for each in matrices])
+        addresses = array("q", map(Tensor.data_ptr, matrices))
         kernel(
             x, addresses.buffer_info()[0], out, blocks, rows, inner, columns, x_jump, x_step,
             torch.get_num_threads(),

@@ -25,7 +25,7 @@ _KERNEL, _PRODUCT = 2.0, 1.0
 _READ, _RETURNED, _COPIED, _KEPT = 1.1, 2.5, 3.0, 0.5
 """A tensor that a backward pass is given, one that it returns, which becomes a parameter's gradient, a
 parameter that is copied into a stack, and what is given as a row of a stack, in calls of a small operator."""
-_UNSTACKED, _MATRIX = 4.0, 0.2
+_UNSTACKED, _MATRIX = 5.0, 0.2
 """More for a product with matrices where they are, and for each of these, in calls of a small operator."""
 _SMALLEST, _LARGEST = 1 << 14, 1 << 25
 """Bytes moved by a kernel beyond which it is as fast as these."""
