@@ -109,7 +109,8 @@ def _write_last(graph: Graph) -> None:
     """Have the backward pass write to inputs after all else, which is to read them as they were."""
     (output,) = graph.find_nodes(op="output")
     for node in list(graph.nodes):
-        if is_backward(node) and _compat.mutates(node) and not node.users:
+        is_write = op_name(node) == "aten::copy_" and node.args[0].op == "placeholder"
+        if is_write and is_backward(node) and not node.users:
             output.prepend(node)
 
 
