@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import explain
-from hwbp_compile.passes import worth
+from hwbp_compile.passes import unstacked, worth
 from hwbp_compile.passes.pipeline import Outcome
 from hwbp_compile.passes.work import Amount, Work
 
@@ -145,3 +145,19 @@ def test_a_real_machine() -> None:
     assert outcome.comparison is not None
     assert 0 < outcome.comparison.exact_seconds < 1
     assert (outcome.schedule is None) == bool(outcome.comparison.reason)
+
+
+def test_weights_that_stay_in_no_cache_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each product of an iteration, where they are no copies either."""
+    monkeypatch.setattr(unstacked, "VECTOR", 1)
+    x = torch.randn(3, 4).double()
+    found = []
+    for near in (1 << 22, 0):
+        torch._dynamo.reset()
+        monkeypatch.setattr(worth, "_NEAR", near)
+        comparison = decided(x, monkeypatch, 1.0, 1e30, iterations=1).comparison
+        assert comparison is not None
+        found.append(comparison.iterated.bytes.value)
+    # Two products in the iteration; of all blocks, the outer one of two for the gradients inside of them.
+    weights = LENGTH * 2 * D * D * 8
+    assert 3 * weights <= found[1] - found[0] <= 4 * weights

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -13,9 +14,9 @@ from .. import _compat
 from ..ranges import OpenSizes, Sizes, named
 from ..rates import bandwidth, operator_seconds, product_rate
 from .emit import Schedule
-from .unstacked import unstacked_products
+from .unstacked import Products, unstacked_products
 from .views import concatenated, is_view, row_of, views_of
-from .work import Work, work_of
+from .work import Amount, Work, work_of
 
 _ENOUGH = 0.85
 """The share of the exact backward pass's time that an approximate one may be expected to take at most: with
@@ -27,6 +28,8 @@ _READ, _RETURNED, _COPIED, _KEPT = 1.1, 2.5, 3.0, 0.5
 parameter that is copied into a stack, and what is given as a row of a stack, in calls of a small operator."""
 _UNSTACKED, _MATRIX = 5.0, 0.2
 """More for a product with matrices where they are, and for each of these, in calls of a small operator."""
+_NEAR = 1 << 22
+"""Bytes of matrices up to which products find them in a cache, iteration after iteration."""
 _SMALLEST, _LARGEST = 1 << 14, 1 << 25
 """Bytes moved by a kernel beyond which it is as fast as these."""
 _AROUND = 8
@@ -133,6 +136,7 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
 
     unstacked = unstacked_products(own, lambda n: outer.get(n, n))
     iterated = rest + work_of(own, lambda n: n in unstacked or is_slice(n))
+    iterated.kernels.extend(_read_again(unstacked))
     read, returned = _boundary(graph, set(backward))
     calls = _READ * len(read) + _RETURNED * returned
     made = [n for n in own if n not in unstacked and not is_slice(n)]
@@ -146,6 +150,17 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         return found.at(open_sizes.ends_of(open_sizes.traced))
     seconds = seconds_of(exact, device, calls), seconds_of(iterated, device, more)
     return replace(found, exact_seconds=seconds[0], iterated_seconds=seconds[1])
+
+
+def _read_again(unstacked: Mapping[Node, Products]) -> list[Amount]:
+    """What products with matrices where they are read from memory, each anew, if it is not in a cache."""
+    parts = {
+        views_of(n)[0]: n.meta["val"] for concatenation in unstacked for n in concatenated(concatenation)
+    }
+    if sum(value.numel() * value.element_size() for value in parts.values()) <= _NEAR:
+        return []
+    rights = [cast(Any, p.args[1]).meta["val"] for products in unstacked.values() for p in products]
+    return [Amount.of(value.numel() * value.element_size()) for value in rights]
 
 
 def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:
