@@ -147,8 +147,7 @@ def test_a_real_machine() -> None:
     assert (outcome.schedule is None) == bool(outcome.comparison.reason)
 
 
-def test_weights_that_stay_in_no_cache_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By each product of an iteration, where they are no copies either."""
+def test_weights_that_stay_in_no_cache_count_as_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unstacked, "VECTOR", 1)
     x = torch.randn(3, 4).double()
     found = []
@@ -158,6 +157,5 @@ def test_weights_that_stay_in_no_cache_are_read_again(monkeypatch: pytest.Monkey
         comparison = decided(x, monkeypatch, 1.0, 1e30, iterations=1).comparison
         assert comparison is not None
         found.append(comparison.iterated.bytes.value)
-    # Two products in the iteration; of all blocks, the outer one of two for the gradients inside of them.
-    weights = LENGTH * 2 * D * D * 8
-    assert 3 * weights <= found[1] - found[0] <= 4 * weights
+    weights = 2 * LENGTH * 2 * D * D * 8
+    assert found[1] - found[0] >= 2 * weights, "they are read and written"

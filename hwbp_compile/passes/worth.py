@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -14,9 +13,9 @@ from .. import _compat
 from ..ranges import OpenSizes, Sizes, named
 from ..rates import bandwidth, operator_seconds, product_rate
 from .emit import Schedule
-from .unstacked import Products, unstacked_products
+from .unstacked import unstacked_products
 from .views import concatenated, is_view, row_of, views_of
-from .work import Amount, Work, work_of
+from .work import Work, work_of
 
 _ENOUGH = 0.85
 """The share of the exact backward pass's time that an approximate one may be expected to take at most: with
@@ -135,8 +134,9 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
         return bool(rows) and None not in rows and len({r.kind() for r in rows if r is not None}) == 1
 
     unstacked = unstacked_products(own, lambda n: outer.get(n, n))
+    if _bytes_of(unstacked) > _NEAR:
+        unstacked = {}  # counted as if they were copied: what is read from memory comes as slowly, at times
     iterated = rest + work_of(own, lambda n: n in unstacked or is_slice(n))
-    iterated.kernels.extend(_read_again(unstacked))
     read, returned = _boundary(graph, set(backward))
     calls = _READ * len(read) + _RETURNED * returned
     made = [n for n in own if n not in unstacked and not is_slice(n)]
@@ -152,15 +152,10 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
     return replace(found, exact_seconds=seconds[0], iterated_seconds=seconds[1])
 
 
-def _read_again(unstacked: Mapping[Node, Products]) -> list[Amount]:
-    """What products with matrices where they are read from memory, each anew, if it is not in a cache."""
-    parts = {
-        views_of(n)[0]: n.meta["val"] for concatenation in unstacked for n in concatenated(concatenation)
-    }
-    if sum(value.numel() * value.element_size() for value in parts.values()) <= _NEAR:
-        return []
-    rights = [cast(Any, p.args[1]).meta["val"] for products in unstacked.values() for p in products]
-    return [Amount.of(value.numel() * value.element_size()) for value in rights]
+def _bytes_of(concatenations: Iterable[Node]) -> int:
+    """Of all that they put together, each part once."""
+    parts = {views_of(n)[0]: n.meta["val"] for each in concatenations for n in concatenated(each)}
+    return sum(value.numel() * value.element_size() for value in parts.values())
 
 
 def _is_view_of_any(node: Node, wanted: set[Node]) -> bool:
