@@ -17,7 +17,7 @@ from .unstacked import unstacked_products
 from .views import concatenated, is_view, row_of, views_of
 from .work import Work, work_of
 
-_ENOUGH = 0.85
+_ENOUGH = 0.80
 """The share of the exact backward pass's time that an approximate one may be expected to take at most: with
 less to gain the forward pass, which keeps stacks, may lose it."""
 _KERNEL, _PRODUCT = 2.0, 1.0
