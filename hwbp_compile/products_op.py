@@ -13,6 +13,9 @@ from torch import Tensor
 
 from . import products_cpp
 
+_MOST_ROWS = 256
+"""Up to so many rows the kernel has been seen to be as fast as a library, whatever the matrices' shape."""
+
 # A table of addresses, made once for many products, would be a little faster. But a compiler that computed
 # the matrices would not see when they are read, and use their memory for something else.
 torch.library.define(
@@ -23,10 +26,13 @@ torch.library.define(
 @torch.library.impl("hwbp_compile::products", "CPU")
 def _products(x: Tensor, matrices: list[Tensor]) -> Tensor:
     kernel = products_cpp.kernel(x.dtype)
-    if kernel is None or not all(map(Tensor.is_contiguous, matrices)):
-        return torch.bmm(x, torch.stack(matrices))
     blocks, rows, inner = x.shape
     columns = matrices[0].shape[1]
+    # What does not fit raises there; a compiled program knows how many rows there were at first only.
+    fits = len(matrices) == blocks and matrices[0].shape[0] == inner and rows <= _MOST_ROWS
+    alike = {(each.dtype, each.numel()) for each in matrices} == {(x.dtype, inner * columns)}
+    if kernel is None or not fits or not alike or not all(map(Tensor.is_contiguous, matrices)):
+        return torch.bmm(x, torch.stack(matrices))
     if x.stride(2) != 1 and inner > 1:
         x = x.contiguous()
     x_jump, x_step, _ = x.stride()

@@ -163,12 +163,17 @@ class Preconditioned(torch.autograd.Function):
 
 
 class Changing(nn.Module):
-    def __init__(self) -> None:
+    """Its matrix is changed by the backward pass and, if ``forward``, by the forward pass too."""
+
+    def __init__(self, forward: bool = False) -> None:
         super().__init__()
+        self.changes = forward
         self.linear = nn.Linear(D, D)
         self.register_buffer("matrix", torch.randn(D, D) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.changes:
+            self.matrix.add_(0.1)
         y: Tensor = Preconditioned.apply(torch.tanh(self.linear(x)), self.matrix)
         return y
 

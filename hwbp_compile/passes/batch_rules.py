@@ -80,7 +80,9 @@ def _copy(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: in
 def _overwritten(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: int) -> Any:
     """``copy(memory, source)``: the source, which may have to be broadcast; nothing of what was there."""
     memory, source = (stacked(x, blocks) for x in args[:2])
-    return Stacked(align(source, memory.dim() - 1).to(memory.dtype).expand(memory.shape))
+    rows = align(source, memory.dim() - 1).to(memory.device, memory.dtype).expand(memory.shape)
+    # Not expanded: something may be written to it.
+    return Stacked(rows.clone(memory_format=torch.contiguous_format))
 
 
 @batching_rule("prims::convert_element_type prims::view_of")

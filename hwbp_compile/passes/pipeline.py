@@ -18,7 +18,6 @@ from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
 from .apart import take_apart
 from .chains import find_chains
 from .decide import reason_to_leave_exact, without_tail
-from .early import is_backward
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
@@ -99,24 +98,30 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     done.outcomes = [replace(o, new=tuple(n for n in o.new if n in live)) for o in done.outcomes]
     lap("record")
     is_rewritten = any(outcome.schedule is not None for outcome in done.outcomes)
-    simplified(graph, *([sink_stacks, restack, multiply_unstacked] if is_rewritten else []), take_apart)
+    simplified(graph, *([sink_stacks, restack] if is_rewritten else []), take_apart)
+    if is_rewritten:
+        simplified(graph, multiply_unstacked)
     _write_last(graph)
     lap("simplify")
     return done
 
 
 def _write_last(graph: Graph) -> None:
-    """Have the backward pass write to inputs after all else, which is to read them as they were."""
+    """Have inputs written to after all else, as they were before: what is new reads them as they are given.
+
+    The partitioner of torch also relies on these copies being the last operators.
+    """
     (output,) = graph.find_nodes(op="output")
     for node in list(graph.nodes):
-        is_write = op_name(node) == "aten::copy_" and node.args[0].op == "placeholder"
-        if is_write and is_backward(node) and not node.users:
+        if op_name(node) == "aten::copy_" and node.args[0].op == "placeholder" and not node.users:
             output.prepend(node)
 
 
 def prepare(graph: Graph, *, backup: Graph | None = None) -> None:
     """What autograd wrote, in operators that can be batched; applied twice it is as if applied once."""
-    simplified(graph, sizes_of_inputs, read_as_values, join_row_gradients, backup=backup)
+    backup = _compat.copy_graph(graph) if backup is None else backup
+    simplified(graph, sizes_of_inputs, backup=backup)
+    simplified(graph, read_as_values, join_row_gradients, backup=backup)
 
 
 def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> None:
