@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 
-from . import _compat
+from .cpp_kernel import Kernel, compiled_or_none
 
 log = logging.getLogger(__name__)
-
-Kernel = Callable[..., None]
 
 TYPES = {torch.float32: "float", torch.float64: "double"}
 """The dtypes that there is a kernel for, as C++ types."""
@@ -173,12 +170,7 @@ def kernel(dtype: torch.dtype) -> Kernel | None:
         return None
     element = TYPES[dtype]
     arguments = [f"const {element}*", "int64_t", f"{element}*", *["int64_t"] * 7]
-    try:
-        return _compat.load_cpp_kernel(arguments, _SOURCE.replace("REAL", element))
-    except Exception as error:  # a missing compiler shows itself in many ways
-        log.warning(
-            "The C++ kernel of batched products cannot be compiled, so weights are copied (%s: %s).",
-            type(error).__name__,
-            str(error).strip().splitlines()[0] if str(error).strip() else "no message",
-        )
-        return None
+    source = _SOURCE.replace("REAL", element)
+    return compiled_or_none(
+        arguments, source, log=log, purpose="batched products", instead="weights are copied"
+    )

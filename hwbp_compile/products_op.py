@@ -14,7 +14,7 @@ from torch import Tensor
 from . import products_cpp
 
 _MOST_ROWS = 256
-"""Up to so many rows the kernel has been seen to be as fast as a library, whatever the matrices' shape."""
+"""Rows beyond which the kernel is not used, where a program compiled for fewer is given more."""
 
 # A table of addresses, made once for many products, would be a little faster. But a compiler that computed
 # the matrices would not see when they are read, and use their memory for something else.

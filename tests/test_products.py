@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, Node
 
-from hwbp_compile import products_cpp, stack_parameters
+from hwbp_compile import _compat, products_cpp, stack_parameters
 from hwbp_compile.passes import unstacked, worth
 from hwbp_compile.passes.linear_ops import op_name
 
@@ -138,7 +138,7 @@ def test_a_kernel_that_cannot_be_compiled(
     def fail(*_: Any) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(products_cpp._compat, "load_cpp_kernel", fail)
+    monkeypatch.setattr(_compat, "load_cpp_kernel", fail)
     products_cpp.kernel.cache_clear()
     try:
         matrices = [torch.randn(4, 16) for _ in range(3)]

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _compat
+from ..cpp_kernel import Kernel, compiled_or_none
 from .rows import coefficients_of, rows_like, rows_of
 
 log = logging.getLogger(__name__)
-
-Kernel = Callable[..., None]
 
 _TYPES = {
     torch.float32: ("float", "float"),
@@ -107,15 +104,10 @@ def kernel(dtype: torch.dtype) -> Kernel | None:
     element, accumulator = _TYPES[dtype]
     source = _SOURCE.replace("ELEMENT", element).replace("ACCUMULATOR", accumulator)
     pointers = [f"const {element}*"] * 3 + [f"{element}*"]
-    try:
-        return _compat.load_cpp_kernel([*pointers, *["int64_t"] * 9], source)
-    except Exception as error:  # a missing compiler shows itself in many ways
-        log.warning(
-            "The C++ kernel of the linear scan cannot be compiled, so a slow loop takes its place (%s: %s).",
-            type(error).__name__,
-            str(error).strip().splitlines()[0] if str(error).strip() else "no message",
-        )
-        return None
+    arguments = [*pointers, *["int64_t"] * 9]
+    return compiled_or_none(
+        arguments, source, log=log, purpose="the linear scan", instead="a slow loop takes its place"
+    )
 
 
 def linear_scan(
