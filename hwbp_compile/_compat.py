@@ -685,11 +685,14 @@ def _compose(user_passes: tuple[Any, ...], graph_pass: GraphPass) -> Any:
     return Composed()
 
 
-def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[..., Any]]) -> None:
+def let_recurrent_modules_in(
+    mark: str, replacements: Mapping[str, Callable[..., Any]], saw_packed: Callable[[], None]
+) -> None:
     """Have Dynamo trace recurrent modules where the backend has the attribute ``mark``, and only there.
 
     It refuses them because the library functions they call would be unrolled over time. There, the functions
     are replaced, by name; where a sequence is packed, the graph breaks and the function runs as it is.
+    ``saw_packed`` is called when Dynamo comes across a packed sequence there.
     """
     from torch._dynamo import config
     from torch._dynamo.exc import unimplemented
@@ -752,6 +755,8 @@ def let_recurrent_modules_in(mark: str, replacements: Mapping[str, Callable[...,
                 return original(self, value)
         if isinstance(value, torch.nn.RNNBase) and not config.allow_rnn and not marked(self.tx):
             refused.add(self.tx.output.root_tx.f_code)
+        if isinstance(value, torch.nn.utils.rnn.PackedSequence) and marked(self.tx):
+            saw_packed()
         return original(self, value)
 
     setattr(wrap, mark, True)

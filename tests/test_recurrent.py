@@ -6,6 +6,8 @@ import contextlib
 import functools
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from marks import some_slow
 from reference import Settings, Step, reference_run
 from torch import Tensor, nn
 
+from hwbp_compile import explain
 from hwbp_compile.recurrent import layer as layers
 from hwbp_compile.recurrent import library
 from hwbp_compile.recurrent.backward import EXACT
@@ -50,7 +53,7 @@ def gate(kind: str, projected: bool) -> Any:
     """K by hand: the update gate of a GRU; an LSTM's forget gate, also on the way from h to c."""
 
     def diagonals(*values: Tensor) -> list[list[Tensor | None]]:
-        if kind == "rnn_tanh":
+        if kind.startswith("rnn"):
             return [[None]]
         carry, (x, *weights) = values[: 2 if kind == "lstm" else 1], values[2 if kind == "lstm" else 1 :]
         h = carry[0]
@@ -69,18 +72,11 @@ def gate(kind: str, projected: bool) -> Any:
     return diagonals
 
 
-def reference_gradients(
-    kind: str,
-    module: nn.RNNBase,
-    x: Tensor,
-    carry: list[Tensor],
-    cotangents: list[Tensor],
-    settings: Settings,
-) -> list[Tensor]:
+def reference_states(
+    kind: str, weights: list[Tensor], x: Tensor, carry: list[Tensor], settings: Settings
+) -> list[tuple[Tensor, ...]]:
     """Step by step, by an implementation that shares nothing with the package but the cell's formula."""
-    weights = list(module.parameters())
-    projected = bool(module.proj_size)
-    n = len(carry)
+    n, projected = len(carry), kind == "lstm" and carry[0].shape != carry[1].shape
 
     def at(t: int) -> Step:
         def block(*values: Tensor) -> tuple[Tensor, ...]:
@@ -91,12 +87,55 @@ def reference_gradients(
 
         return Step(block, diagonals, ())
 
-    states = reference_run(settings)([at(t) for t in range(x.shape[0])], tuple(carry), (x, *weights))
+    return reference_run(settings)([at(t) for t in range(x.shape[0])], tuple(carry), (x, *weights))
+
+
+def reference_gradients(
+    kind: str,
+    module: nn.RNNBase,
+    x: Tensor,
+    carry: list[Tensor],
+    cotangents: list[Tensor],
+    settings: Settings,
+) -> list[Tensor]:
+    weights = list(module.parameters())
+    states = reference_states(kind, weights, x, carry, settings)
     outputs = torch.stack([state[0] for state in states[1:]])
     loss = (outputs * cotangents[0]).sum()
     if kind == "lstm":
         loss = loss + (states[-1][1] * cotangents[1]).sum()
     return list(torch.autograd.grad(loss, [x, *carry, *weights]))
+
+
+def reference_module(module: nn.RNNBase, settings: Settings) -> Any:
+    """A recurrent module's function, layer by layer and direction by direction."""
+    kind = module.mode.lower()
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
+    ends = ["", "_reverse"] if module.bidirectional else [""]
+
+    def run(x: Tensor, carry: Any = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = x.transpose(0, 1) if module.batch_first else x
+        sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if kind == "lstm" else 1]
+        given = [carry] if isinstance(carry, Tensor) else carry
+        last: list[tuple[Tensor, ...]] = []
+        for layer in range(module.num_layers):
+            outputs = []
+            for end in ends:
+                found = [getattr(module, f"{name}_l{layer}{end}", None) for name in names]
+                weights = [w for w in found if w is not None]
+                initial = [y.new_zeros(y.shape[1], size) for size in sizes]
+                if given is not None:
+                    initial = [c[len(last)] for c in given]
+                source = y.flip(0) if end else y
+                states = reference_states(kind, weights, source, initial, settings)
+                output = torch.stack([state[0] for state in states[1:]])
+                outputs.append(output.flip(0) if end else output)
+                last.append(states[-1])
+            y = torch.cat(outputs, -1)
+        stacked = tuple(torch.stack(component) for component in zip(*last, strict=True))
+        return (y.transpose(0, 1) if module.batch_first else y), stacked
+
+    return run
 
 
 def torch_gradients(
@@ -134,7 +173,34 @@ def layer_gradients(
     return list(torch.autograd.grad(loss, [x, *carry, *weights]))
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm", "lstm with projection", "rnn_tanh"])
+ONE_LAYER = ["gru", "lstm", "lstm with projection", "rnn_tanh", "rnn_relu"]
+
+
+def compare_with_reference(kind: str, steps: int, batch: int, bias: bool, settings: Settings) -> None:
+    proj_size = 3 if kind == "lstm with projection" else 0
+    kind = kind.split()[0]
+    module = layer(kind, 3, 5, bias=bias, **({"proj_size": proj_size} if proj_size else {}))
+    x, carry = data(kind, steps, batch, 3, module)
+    cotangents = [torch.randn(steps, *carry[0].shape).double(), torch.randn(carry[-1].shape).double()]
+    expected = torch_gradients(module, x, carry, cotangents)
+    found = layer_gradients(kind, module, x, carry, cotangents, replace(settings, iterations=steps))
+    assert relative_error(found, expected) <= TOLERANCE
+    found = layer_gradients(kind, module, x, carry, cotangents, settings)
+    expected = reference_gradients(kind, module, x, carry, cotangents, settings)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+SPLITS = [Settings(k, group_size=g) for k in (0, 1, 2, 3) for g in (1, 3)]
+
+
+@pytest.mark.parametrize("kind", ONE_LAYER)
+@pytest.mark.parametrize("settings", SPLITS, ids=lambda s: f"k={s.iterations}-groups of {s.group_size}")
+def test_one_layer_at_every_k(kind: str, settings: Settings) -> None:
+    """Ten steps, so that the last of the groups is a short one and no k is exact."""
+    compare_with_reference(kind, 10, 2, True, settings)
+
+
+@pytest.mark.parametrize("kind", ONE_LAYER)
 @given(
     steps=st.integers(1, 9),
     batch=st.integers(1, 3),
@@ -157,20 +223,7 @@ def test_one_layer(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    proj_size = 3 if kind == "lstm with projection" else 0
-    kind = kind.split()[0]
-    module = layer(kind, 3, 5, bias=bias, **({"proj_size": proj_size} if proj_size else {}))
-    x, carry = data(kind, steps, batch, 3, module)
-    cotangents = [torch.randn(steps, *carry[0].shape).double(), torch.randn(carry[-1].shape).double()]
-    expected = torch_gradients(module, x, carry, cotangents)
-    found = layer_gradients(
-        kind, module, x, carry, cotangents, Settings(steps, gamma, group_size, exact_tail)
-    )
-    assert relative_error(found, expected) <= TOLERANCE
-    settings = Settings(iterations, gamma, group_size, exact_tail)
-    found = layer_gradients(kind, module, x, carry, cotangents, settings)
-    expected = reference_gradients(kind, module, x, carry, cotangents, settings)
-    assert relative_error(found, expected) <= TOLERANCE
+    compare_with_reference(kind, steps, batch, bias, Settings(iterations, gamma, group_size, exact_tail))
 
 
 class Model(nn.Module):
@@ -181,7 +234,10 @@ class Model(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor, *carry: Tensor) -> Tensor:
-        y, last = self.module(x, None if not carry else carry[0] if len(carry) == 1 else carry)
+        return self.of(self.module, x, carry)
+
+    def of(self, module: Any, x: Tensor, carry: Sequence[Tensor] = ()) -> Tensor:
+        y, last = module(x, None if not carry else carry[0] if len(carry) == 1 else carry)
         last = (last,) if isinstance(last, Tensor) else last
         return y.square().sum() + sum((i + 1) * h.sin().sum() for i, h in enumerate(last))
 
@@ -230,10 +286,29 @@ def test_modules(kind: str, variant: str, given_carry: bool) -> None:
         options = {"iterations": iterations, "apply": "always", "group_size": 1, "codegen": "eager"}
         compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
         assert relative_error(gradients(model, compiled, *inputs), expected) <= TOLERANCE
-    options = {"iterations": 0, "apply": "always", "group_size": 1, "codegen": "eager"}
+    iterations, group_size = int(torch.randint(0, 2, ())), int(torch.randint(1, 3, ()))
+    approximate = Settings(iterations, 1.0 if "rnn" in kind else 0.0, group_size)
+    options = {"apply": "always", "codegen": "eager", **asdict(approximate)}
     compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
-    error = relative_error(gradients(model, compiled, *inputs), expected)
-    assert error <= TOLERANCE if "rnn" in kind else error > 1e-3, "an nn.RNN is left exact"
+    found = gradients(model, compiled, *inputs)
+    reference = functools.partial(model.of, reference_module(module, approximate))
+    assert relative_error(found, gradients(model, lambda x, *c: reference(x, c), *inputs)) <= TOLERANCE
+    assert relative_error(found, expected) > 1e-6
+
+
+def test_no_residual_path() -> None:
+    """A module without one is exact, unless fixed-point iteration is asked for."""
+    model = Model(layer("rnn_tanh", 3, 5))
+    x = torch.randn(6, 4, 3, dtype=torch.float64, requires_grad=True)
+    expected = gradients(model, model, x)
+    for gamma, iterated in ((0.0, False), (0.3, False), (1.0, True)):
+        options = {"iterations": 1, "gamma": gamma, "apply": "always", "group_size": 1, "codegen": "eager"}
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+        error = relative_error(gradients(model, compiled, x), expected)
+        assert error > 1e-3 if iterated else error <= TOLERANCE
+        (chain,) = explain(model, x, options=options).chains
+        assert chain.applied == iterated
+        assert iterated or "gamma=1.0" in chain.reason
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -519,36 +594,31 @@ def test_other_backends_are_as_before() -> None:
     assert not torch._dynamo.config.allow_rnn
 
 
-def test_lengths_and_batches_that_change() -> None:
-    model = Model(layer("gru", 3, 5))
-    frames: list[int] = []
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
+def test_lengths_and_batches_that_change(kind: str, group_size: int) -> None:
+    """One program for all lengths; of groups, whether the last is a short one does not matter."""
+    model = Model(layer(kind, 3, 5))
+    sizes = [(7, 4), (12, 4), (10, 4), (14, 4), (12, 7), (13, 2)]
 
-    def run(steps: int, batch: int, compiled: Any) -> None:
-        x = torch.randn(steps, batch, 3, dtype=torch.float64, requires_grad=True)
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        found = gradients(model, compiled, x)
-        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
-        reference = layer_gradients_of_model(model, x)
-        assert relative_error(found, reference) <= TOLERANCE
+    def graphs(dynamic: bool | None) -> list[int]:
+        torch._dynamo.reset()
+        options = {"iterations": 2, "apply": "always", "group_size": group_size, "codegen": "eager"}
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True, dynamic=dynamic)
+        found = []
+        for steps, batch in sizes:
+            x = torch.randn(steps, batch, 3, dtype=torch.float64, requires_grad=True)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            approximate = gradients(model, compiled, x)
+            found.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+            reference = functools.partial(
+                model.of, reference_module(model.module, Settings(2, group_size=group_size))
+            )
+            assert relative_error(approximate, gradients(model, reference, x)) <= TOLERANCE
+        return found
 
-    def layer_gradients_of_model(model: Model, x: Tensor) -> list[Tensor]:
-        h = torch.zeros(x.shape[1], 5, dtype=torch.float64)
-        y, *_ = recurrent_layer(x, [h], list(model.parameters()), "gru", 2)
-        loss = y.square().sum() + y[-1].sin().sum()
-        return list(torch.autograd.grad(loss, [x, *model.parameters()]))
-
-    options = {"iterations": 2, "apply": "always", "group_size": 1, "codegen": "eager"}
-    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
-    for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
-        run(steps, batch, compiled)
-    assert sum(frames) <= 3, frames
-    assert frames[-1] == 0
-    torch._dynamo.reset()
-    frames.clear()
-    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True, dynamic=True)
-    for steps, batch in ((16, 4), (64, 4), (33, 7), (100, 2)):
-        run(steps, batch, compiled)
-    assert sum(frames) == 1, frames
+    assert graphs(True) == [1, 0, 0, 0, 0, 0]
+    assert graphs(None) == [1, 1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

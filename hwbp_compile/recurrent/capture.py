@@ -24,6 +24,7 @@ from ..ranges import Sizes, open_sizes_of
 from .backward import EXACT, Settings
 from .cost import why_exact_is_faster
 from .layer import recurrent_layer
+from .packed import saw_packed_sequence
 from .scans import Scan, make_ready, scans_in
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def install() -> None:
     replacements = {kind: _one_state(kind) for kind in ("gru", "rnn_tanh", "rnn_relu")}
     replacements["lstm"] = _lstm
     try:
-        _compat.let_recurrent_modules_in(MARK, replacements)
+        _compat.let_recurrent_modules_in(MARK, replacements, saw_packed_sequence)
     except (ImportError, AttributeError) as error:  # Dynamo's inside has changed; all else still works
         log.warning("Recurrent modules stay outside of compiled graphs with this version of torch: %r", error)
 
@@ -173,11 +174,17 @@ def _unwanted(options: Options) -> str:
 _RESIDUALS = {"gru": "gate", "lstm": "gate on a state of 2 tensors"}
 
 
+def _no_path(residual: str, options: Options, what: str) -> str:
+    """Why a recurrence without a residual path is not iterated: unless that is what was asked for."""
+    if residual or options.gamma == 1.0:
+        return ""
+    return f"no residual path: {what} through matrices only; gamma=1.0 iterates without one"
+
+
 def _settle(node: Node, options: Options, sizes: Sizes) -> Layer:
     kind = str(node.args[3])
-    reason = _unwanted(options)
-    if not reason and kind not in _RESIDUALS:
-        reason = "no residual path: a step of nn.RNN hands its state on through a matrix only"
+    residual = _RESIDUALS.get(kind, "")
+    reason = _unwanted(options) or _no_path(residual, options, "a step of nn.RNN hands its state on")
     x, carry, weights = (_values(n) for n in ((node.args[0],), node.args[1], node.args[2]))
     by_cost = not reason and options.apply == "auto"
     reason = reason or _too_slow(kind, x, carry, weights, options, sizes)
@@ -185,7 +192,7 @@ def _settle(node: Node, options: Options, sizes: Sizes) -> Layer:
     node.args = (*node.args[:4], *astuple(settings))
     _log(kind, reason, settings)
     values, steps = tuple(carry), x[0].shape[0]
-    return Layer(node, kind, reason, _RESIDUALS.get(kind, ""), steps, values, by_cost)
+    return Layer(node, kind, reason, residual, steps, values, by_cost)
 
 
 def _values(nodes: Any) -> list[Tensor]:
@@ -216,6 +223,7 @@ def _settle_scan(module: GraphModule, node: Node, options: Options, sizes: Sizes
             residual = scan.residual
             if scan.why_no_kernel:
                 note = f"its steps run in a loop of torch's operators: {scan.why_no_kernel}"
+            reason = reason or _no_path(residual, options, "a step of the cell hands its state on")
             reason = reason or scan.why_not_parallel
             x, carry, weights = (_values(nodes) for nodes in (scan.inputs, scan.init, scan.weights))
             by_cost = not reason and options.apply == "auto"

@@ -215,8 +215,6 @@ def why_not_parallel(
     key: str, cell: CellGraph, inputs: Sequence[Tensor], carry: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> str:
     """Why a cell's backward pass cannot be done in parallel; empty if it can. Arguments as of one step."""
-    if not cell.split.kind:
-        return "no residual path: a step of the cell hands its state on through matrices only"
     try:
         name = kernel_name(key, cell, carry, inputs, weights, emit=True)
         _try(cell, name, "", inputs, carry, weights, Settings(1))

@@ -54,13 +54,20 @@ def _requires_grad(node: Node) -> bool:
 def make_ready(owner: GraphModule, node: Node) -> None:
     """See to what torch refuses in a scan without need, before it gets one that stays what it is.
 
-    The states that the cell returns are copied, as one of them may share its memory.
+    The states that it starts from and those that the cell returns are copied, as they may share memory.
     """
     _compat.let_scans_compile()
+    init: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    with node.graph.inserting_before(node):
+        for i, x in enumerate(init):
+            if isinstance(x, Node):
+                init[i] = node.graph.call_method("clone", (x,))
+                init[i].meta.update(x.meta)
+    node.update_arg(1, init)
     body = _body(owner, node)
     output = next(n for n in body.graph.nodes if n.op == "output")
     (results,) = output.args
-    n = len(node.args[1])  # type: ignore[arg-type]
+    n = len(init)
     with body.graph.inserting_before(output):
         copies = [body.graph.call_method("clone", (x,)) if isinstance(x, Node) else x for x in results[:n]]
     output.args = ([*copies, *results[n:]],)
@@ -142,7 +149,7 @@ class Scan:
         """Name the cell by what it does."""
         n, body = len(self.init), self._body
         shapes = [f"{x.dtype}{x.dim()}" for x in values]
-        text = f"{body.code}{shapes}{[x.name for x in self._computed]}{n}"
+        text = f"{_code(body)}{shapes}{[x.name for x in self._computed]}{n}"
         key = f"scan_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
         if key not in STEPS:
             outputs = _outputs_module(body, self._after, self._computed, n)
@@ -184,6 +191,21 @@ class Scan:
         )
         graph.erase_node(node)
         return new
+
+
+def _code(body: GraphModule) -> str:
+    """What a cell does, in words. Graphs inside of it, of checkpoints and custom functions, are named alike
+    in every cell, so what they do has to be said, too.
+
+    Raises:
+        CannotRewrite: it reads something that is neither a graph nor an argument.
+    """
+    graphs = {name: m for name, m in body.named_modules(remove_duplicate=False) if isinstance(m, GraphModule)}
+    for prefix, module in graphs.items():
+        for node in module.graph.nodes:
+            if node.op == "get_attr" and f"{prefix}.{node.target}".lstrip(".") not in graphs:
+                raise CannotRewrite(f"the cell reads {node.target}, which is not one of its arguments")
+    return "\n".join(f"{name}: {module.code}" for name, module in graphs.items())
 
 
 def _erase_unused(nodes: Iterable[Node]) -> None:

@@ -21,6 +21,7 @@ from .. import _compat
 from ..options import Options
 from ..passes.record import drop_observations
 from ..recurrent.capture import MARK, Layer, install, settle
+from ..recurrent.packed import record_packed_sequences
 from .fresh import copy_function, fresh_code
 from .keep import Kept, unchanged
 
@@ -46,6 +47,8 @@ class Capture:
     frames: list[Frame] = field(default_factory=list)
     graph_breaks: list[_compat.GraphBreak] = field(default_factory=list)
     """Of all frames, also those that Dynamo gave up."""
+    packed: bool = False
+    """Whether Dynamo came across a packed sequence."""
 
 
 @dataclass
@@ -76,14 +79,14 @@ def capture(
     ):
         token = _running.set(_Running(found, kept, options))
         try:
-            with _compat.record_graph_breaks() as graph_breaks:
+            with _compat.record_graph_breaks() as graph_breaks, record_packed_sequences() as packed:
                 call = torch.compile(
                     copy_function(_call, __name__), backend=_analysis_backend, dynamic=dynamic
                 )
                 call(function, args, dict(kwargs))
         finally:
             _running.reset(token)
-    found.graph_breaks = graph_breaks
+    found.graph_breaks, found.packed = graph_breaks, bool(packed)
     return found
 
 

@@ -17,6 +17,7 @@ from ..passes.linear import linear_part
 from ..passes.pipeline import Outcome, Record, prepare, rewrite
 from ..passes.worth import Comparison
 from ..recurrent.capture import Layer
+from ..recurrent.packed import REASON
 from .capture import Capture, Frame, capture
 from .explanation import ChainReport, CostReport, Explanation, GraphReport, SizesReport
 from .gaps import gaps
@@ -85,8 +86,8 @@ def _recurrent_notes(model: Any, captured: Capture, names: Names) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.RNNBase) and name not in found
     ]
-    said = "is in no graph (it is given packed sequences, or the graph breaks there, or it does not run)"
-    return [f"{name or 'the recurrent module'} {said}, so its gradient is exact" for name in missing]
+    why = REASON if captured.packed else "the graph breaks there, or it does not run, so its gradient is exact"
+    return [f"{name or 'the recurrent module'} is in no graph: {why}" for name in missing]
 
 
 def _has_compiled_parts(model: Any) -> bool:
