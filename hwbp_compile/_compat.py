@@ -86,8 +86,21 @@ def trace_shapes(
             with torch.no_grad():
                 traced = make_fx(functional)(*values)
     _without_copies(traced.graph)
+    _without_sizes(traced.graph)
     traced.graph.eliminate_dead_code()
     return traced
+
+
+def _without_sizes(graph: fx.Graph) -> None:
+    """Symbolic sizes are numbers, as known ones are: graphs differ in what they compute only."""
+
+    def number(x: fx.Node) -> Any:
+        value = x.meta.get("val")
+        return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else x
+
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), number)
 
 
 def _without_copies(graph: fx.Graph) -> None:
@@ -806,6 +819,10 @@ def _try_frames_again(mark: str, refused: WeakSet[Any]) -> None:
         known = code() if isinstance(code, weakref.ref) else code
         if known is not None:
             set_code_exec_strategy(known, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
+
+
+SCANS_NEED_TRAINED_STATES = torch.torch_version.TorchVersion(torch.__version__) < "2.13"
+"""Whether gradients of a scan's weights are wrong where the state that it starts from needs none."""
 
 
 def let_scans_compile() -> None:

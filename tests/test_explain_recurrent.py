@@ -65,5 +65,21 @@ def test_a_packed_sequence_is_named() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.randn(5, 3), torch.randn(2, 3)])
     explanation = explain(nn.GRU(3, 5), packed)
     assert not any(c.applied for c in explanation.chains)
-    (note,) = [n for n in explanation.notes if "packed" in n]
-    assert "its gradient is exact" in note
+    (note,) = [n for n in explanation.notes if "in no graph" in n]
+    assert "a packed sequence runs as it is, with its exact gradient" in note
+
+
+def test_a_module_that_does_not_run_is_told_from_one_that_is_given_a_packed_sequence() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.GRU(3, 5), nn.GRU(3, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)[0]
+
+    explanation = explain(Unused(), torch.randn(6, 2, 3), options={"codegen": "eager"})
+    (note,) = [n for n in explanation.notes if "in no graph" in n]
+    assert note.startswith("unused is in no graph")
+    assert "does not run" in note
+    assert "packed" not in note

@@ -82,7 +82,7 @@ class Recurrence(torch.autograd.Function):
             except CannotRewrite as refusal:
                 if ctx.settings.iterations == EXACT:
                     raise
-                # Such as a layer of one hidden unit, in which no product is left.
+                # None is known of; it would be no reason to fail.
                 log.info("A recurrence is left exact: %s", refusal)
                 found = backward(Settings(EXACT))
         return None, None, None, *found.inputs, *found.carry, *found.weights

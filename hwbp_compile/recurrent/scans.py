@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .. import _compat
@@ -58,11 +59,18 @@ def make_ready(owner: GraphModule, node: Node) -> None:
     """
     _compat.let_scans_compile()
     init: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    trained = next((x for x in node.all_input_nodes if _requires_grad(x)), None)
     with node.graph.inserting_before(node):
         for i, x in enumerate(init):
-            if isinstance(x, Node):
-                init[i] = node.graph.call_method("clone", (x,))
-                init[i].meta.update(x.meta)
+            if not isinstance(x, Node):
+                continue
+            init[i] = node.graph.call_method("clone", (x,))
+            init[i].meta.update(x.meta)
+            if _compat.SCANS_NEED_TRAINED_STATES and trained is not None and not _requires_grad(x):
+                # The sum of no elements: zero, whatever they are, and yet computed from them.
+                nothing = _item(node.graph, node.graph.call_method("flatten", (trained,)), slice(0))
+                zero = node.graph.call_method("to", (node.graph.call_method("sum", (nothing,)), x))
+                init[i] = node.graph.call_method("add", (init[i], zero))
     node.update_arg(1, init)
     body = _body(owner, node)
     output = next(n for n in body.graph.nodes if n.op == "output")
@@ -95,13 +103,15 @@ class Scan:
         if any(node.kwargs.values()):
             raise CannotRewrite("the cell writes to one of its inputs")
         self.node = node
-        self.init, self.inputs, self.weights = (list(x) for x in (init, inputs, more))  # type: ignore[arg-type]
-        self._body = _body(owner, node)
-        if any(not isinstance(n, Node) for n in (*self.init, *self.inputs, *self.weights)):
-            raise CannotRewrite("the cell reads a number that is no tensor")
-        carry, over_time, weights = (list(map(_value, x)) for x in (self.init, self.inputs, self.weights))
-        if any(not isinstance(x, Tensor) for x in (*carry, *over_time, *weights)):
-            raise CannotRewrite("the cell reads a number that is no tensor")
+        self.init, self.inputs, given = (list(x) for x in (init, inputs, more))  # type: ignore[arg-type]
+        carry, over_time = (list(map(_value, x)) for x in (self.init, self.inputs))
+        if any(not isinstance(x, Tensor) for x in (*carry, *over_time)):
+            raise CannotRewrite("the cell runs over a number that is no tensor")
+        shared = [_value(x) if isinstance(x, Node) else x for x in given]
+        of_a_step = [*carry, *(x.select(0, 0) for x in over_time), *shared]
+        self._body = _without_numbers(_body(owner, node), of_a_step)
+        self.weights = [n for n, x in zip(given, shared, strict=True) if isinstance(x, Tensor)]
+        weights = [x for x in shared if isinstance(x, Tensor)]
         if len({x.dtype for x in carry}) > 1 or not carry[0].is_floating_point():
             raise CannotRewrite("the components of the state are not all of one floating-point dtype")
         if _compat.autocasts(carry[0].device) or _has_autocast(node.graph):
@@ -226,6 +236,53 @@ def _step(body: GraphModule, components: int) -> Step:
 
 
 _SHAPED = {"view", "reshape", "expand", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full"}
+
+
+def _without_numbers(body: GraphModule, values: Sequence[Any]) -> GraphModule:
+    """A cell that is given tensors only: sizes, which Dynamo hands over too, are those of the tensors.
+
+    Args:
+        body: the cell.
+        values: its arguments.
+
+    Raises:
+        CannotRewrite: it reads a number that is neither known nor such a size.
+    """
+    if all(isinstance(x, Tensor) for x in values):
+        return body
+    copy = _compat.copy_graph_module(body)
+    arguments = [n for n in copy.graph.nodes if n.op == "placeholder"]
+    sizes = {
+        _compat.size_expression(size): (node, dim)
+        for node, x in zip(reversed(arguments), reversed(values), strict=True)
+        if isinstance(x, Tensor)
+        for dim, size in enumerate(x.shape)
+    }
+    numbers: dict[Node, Any] = {}
+    with copy.graph.inserting_after(arguments[-1]):
+        for node, x in zip(arguments, values, strict=True):
+            if not isinstance(x, Tensor) and node.users:
+                known = _known(x, sizes)
+                numbers[node] = known if isinstance(known, int) else copy.graph.call_method("size", known)
+    for node in copy.graph.nodes:
+        node.args, node.kwargs = map_arg((node.args, node.kwargs), lambda n: numbers.get(n, n))
+    for node, x in zip(arguments, values, strict=True):
+        if not isinstance(x, Tensor):
+            copy.graph.erase_node(node)
+    copy.recompile()
+    return copy
+
+
+def _known(number: Any, sizes: Mapping[Any, tuple[Node, int]]) -> int | tuple[Node, int]:
+    """What a number is, or of which argument it is which size."""
+    if not isinstance(number, (int, torch.SymInt)) or isinstance(number, bool):
+        raise CannotRewrite("the cell reads a number that is no tensor")
+    expression = _compat.size_expression(number)
+    if expression.is_number:
+        return int(expression)
+    if expression not in sizes:
+        raise CannotRewrite("the cell reads a number that is no tensor, and no size of one")
+    return sizes[expression]
 
 
 def _with_batch(body: GraphModule, batch: int, *, first_only: bool) -> GraphModule:

@@ -86,7 +86,9 @@ def _recurrent_notes(model: Any, captured: Capture, names: Names) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.RNNBase) and name not in found
     ]
-    why = REASON if captured.packed else "the graph breaks there, or it does not run, so its gradient is exact"
+    why = (
+        REASON if captured.packed else "the graph breaks there, or it does not run, so its gradient is exact"
+    )
     return [f"{name or 'the recurrent module'} is in no graph: {why}" for name in missing]
 
 

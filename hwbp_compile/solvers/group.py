@@ -105,7 +105,9 @@ class GroupedSystem:
 
     def _coefficients(self, new: Coefficient, old: Coefficient, step: Rows, like: Tensor) -> Coefficient:
         """The same of coefficients; a number stays one where it is the same for all."""
-        if self._is_of_all(step) or (not isinstance(new, Tensor) and not isinstance(old, Tensor) and new == old):
+        if self._is_of_all(step) or (
+            not isinstance(new, Tensor) and not isinstance(old, Tensor) and new == old
+        ):
             return new
         a, b = (like * (0.0 if c is None else c) for c in (new, old))
         shape = torch.broadcast_shapes(a.shape[1:], b.shape[1:])
