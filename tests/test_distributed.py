@@ -48,10 +48,16 @@ def train(rank: int, file: str, stacked: bool) -> None:
     for forward in (eager, net):
         forward(x).square().sum().backward()
     assert [record.blocks for record in hwbp_compile.monitor(net).current] == [LENGTH]
+    plain = copy.deepcopy(ours)
+    for own, p in zip(plain.parameters(), ours.parameters(), strict=True):
+        own.grad = p.grad
     if stacked:
-        hwbp_compile.unstack_parameters(ours)
+        for change in (hwbp_compile.stack_parameters, hwbp_compile.unstack_parameters):
+            with pytest.raises(ValueError, match="DistributedDataParallel module has parameters that"):
+                change(eager.module if change is hwbp_compile.stack_parameters else ours)
+        hwbp_compile.unstack_parameters(plain)
     expected = [p.grad for p in eager.parameters()]
-    found = [p.grad for p in ours.parameters()]
+    found = [p.grad for p in plain.parameters()]
     assert relative_error(found, expected) <= 1e-10
     torch.distributed.destroy_process_group()
 

@@ -152,41 +152,103 @@ def test_copies() -> None:
 
 
 def test_optimizers() -> None:
-    model = Mlp()
+    model = Mlp().double()
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ValueError, match=r"SGD optimizer has parameters that stack_parameters would replace"):
         stack_parameters(model)
     assert len(list(model.parameters())) == 4 + 4 * 6
     del optimizer
+    plain = copy.deepcopy(model)
     stack_parameters(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = model.h[2].up.weight.detach().clone()
-    model(torch.randn(3, WIDTH)).sum().backward()
-    optimizer.step()
-    assert not torch.equal(model.h[2].up.weight, before)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.1) for m in (plain, model)]
+    for x in torch.randn(4, 3, WIDTH).double():
+        for each, optimizer in zip((plain, model), optimizers, strict=True):
+            each.zero_grad()
+            each(x).square().sum().backward()
+            optimizer.step()
     with pytest.raises(ValueError, match="unstack_parameters would replace"):
         unstack_parameters(model)
+    assert_equal(model.state_dict(), plain.state_dict())
 
 
 def test_left_out() -> None:
-    model = Mlp()
+    model = Mlp().double()
     model.h[1].norm.weight = model.h[0].norm.weight
     model.h[2].norm.bias.requires_grad_(False)
     model.h[3].up.bias.register_hook(lambda g: g)
+    for block in model.h[1:]:
+        block.down.bias.requires_grad_(False)
+    x = torch.randn(3, WIDTH).double()
+    expected = trained(model, x)
+    names = list(model.state_dict())
     done = stack_parameters(model)
-    assert sorted(done.stacks) == ["stacked_h_down_bias", "stacked_h_down_weight", "stacked_h_up_weight"]
+    assert {name: [row.split(".")[1] for row in rows] for name, rows in done.stacks.items()} == {
+        "stacked_h_norm_weight": ["3", "2"],
+        "stacked_h_norm_bias": ["3", "1", "0"],
+        "stacked_h_up_weight": ["3", "2", "1", "0"],
+        "stacked_h_up_bias": ["2", "1", "0"],
+        "stacked_h_down_weight": ["3", "2", "1", "0"],
+    }
     assert done.left_out == {
         "h.0.norm.weight": "is shared",
         "h.1.norm.weight": "is shared",
         "h.2.norm.bias": "does not require gradients",
         "h.3.up.bias": "has hooks",
+        "h.0.down.bias": "has no other to share a stack with",
+        **{f"h.{i}.down.bias": "does not require gradients" for i in (1, 2, 3)},
     }
+    assert_equal(trained(model, x), expected)
+    assert sorted(model.state_dict()) == sorted(names)
     again = stack_parameters(model)
     assert not again.stacks
-    assert again.left_out["h.0.up.bias"] == "belongs to a module with parameters in stacks"
+    assert again.left_out["h.0.norm.weight"] == "belongs to a module with parameters in stacks"
+    unstack_parameters(model)
+    assert_equal(trained(model, x), expected)
     recurrent = stack_parameters(nn.Sequential(nn.GRU(2, 2), nn.GRU(2, 2)))
     assert set(recurrent.left_out.values()) == {"belongs to a GRU"}
     assert str(stack_parameters(nn.Linear(2, 2))).startswith("nothing is stacked")
+
+
+def test_frozen_blocks() -> None:
+    """The blocks that are trained have stacks, which the backward pass reads without copies."""
+    model = Mlp(6).double()
+    for block in model.h[:2]:
+        block.requires_grad_(False)
+    model.embed.requires_grad_(False)
+    x = torch.randn(3, WIDTH).double()
+    expected = trained(model, x)
+    done = stack_parameters(model)
+    assert all([row.split(".")[1] for row in rows] == ["5", "4", "3", "2"] for rows in done.stacks.values())
+    forward, counts = compiled_with_counts(model, iterations=4)
+    assert_equal(trained(model, x, forward), expected)
+    assert counts["of parameters"] == counts["aten::select_scatter"] == 0
+
+
+def test_a_compiled_model_is_compiled_anew() -> None:
+    model = Mlp().double()
+    x = torch.randn(3, WIDTH).double()
+    expected = trained(model, x)
+    forward = torch.compile(
+        model, backend="highway", options={"codegen": "eager", "iterations": 4, "apply": "always"}
+    )
+    for change in (lambda _: None, stack_parameters, unstack_parameters, stack_parameters):
+        change(forward)
+        assert_equal(trained(model, x, lambda x: forward(x)), expected)
+
+
+def test_what_is_refused() -> None:
+    model = Mlp()
+    with pytest.raises(ValueError, match="call the model once before"):
+        stack_parameters(nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(3)))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    stack_parameters(model)
+    for value in (nn.Parameter(torch.zeros(16, 8)), None):
+        with pytest.raises(AttributeError, match=r"a Linear is a row of a stack .* unstack_parameters first"):
+            model.h[1].up.weight = value
+    with pytest.raises(RuntimeError, match=r"h\.1\.up\.weight is a row of a stack and cannot be assigned"):
+        model.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="cannot be frozen by themselves"):
+        model.h[1].up.requires_grad_(False)
 
 
 def test_containers_side_by_side() -> None:

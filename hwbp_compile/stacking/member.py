@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_HOLDER, _ROW, _STACKS = "_stack_holder", "_stack_row", "_stack_names"
+_HOLDER, _ROW, _STACKS = "_stack_holder", "_stack_row_", "_stack_names"
 
 
 class Place(NamedTuple):
@@ -31,8 +31,8 @@ def places_of(module: nn.Module) -> dict[str, Place]:
     kind = type(module)
     if not issubclass(kind, _Member) or not kind._hwbp_rows:
         return {}
-    (model,), row = module.__dict__[_HOLDER], module.__dict__[_ROW]
-    return {name: Place(model, stack, row) for name, stack in kind._hwbp_rows}
+    (model,) = module.__dict__[_HOLDER]
+    return {name: Place(model, stack, module.__dict__[_ROW + name]) for name, stack in kind._hwbp_rows}
 
 
 def stacks_of(module: nn.Module) -> tuple[str, ...]:
@@ -41,10 +41,12 @@ def stacks_of(module: nn.Module) -> tuple[str, ...]:
     return found
 
 
-def place(module: nn.Module, model: nn.Module, row: int, stacks: dict[str, str]) -> None:
-    """Let these parameters of a module, by name, be row ``row`` of these stacks of the model."""
-    module.__dict__ |= {_HOLDER: (model,), _ROW: row}
-    module.__class__ = _member_class(former_class(module), tuple(stacks.items()))
+def place(module: nn.Module, places: dict[str, Place]) -> None:
+    """Let these parameters of a module, by name, be there, all of them in the same model."""
+    (model,) = {at.model for at in places.values()}
+    module.__dict__ |= {_HOLDER: (model,)} | {_ROW + name: at.row for name, at in places.items()}
+    rows = tuple((name, at.stack) for name, at in places.items())
+    module.__class__ = _member_class(former_class(module), rows)
 
 
 def hold(model: nn.Module, stacks: Sequence[str]) -> None:
@@ -57,8 +59,9 @@ def hold(model: nn.Module, stacks: Sequence[str]) -> None:
 
 def release(module: nn.Module) -> None:
     """Give a module its former class back."""
+    rows = [_ROW + name for name in places_of(module)]
     module.__class__ = former_class(module)
-    for name in (_HOLDER, _ROW, _STACKS):
+    for name in (_HOLDER, _STACKS, *rows):
         module.__dict__.pop(name, None)
 
 
@@ -129,6 +132,12 @@ class _Member(nn.Module):
             )
         return super().requires_grad_(requires_grad)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Of names that are no rows of stacks."""
+        if name in places_of(self):
+            _refuse_assignment(self, param)
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (former_class(self), type(self)._hwbp_rows), self.__dict__.copy()
 
@@ -140,15 +149,22 @@ _CLASSES: dict[tuple[type[nn.Module], _Rows], type[nn.Module]] = {}
 def _member_class(base: type[nn.Module], rows: _Rows) -> type[nn.Module]:
     if (base, rows) not in _CLASSES:
         own: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, "_hwbp_rows": rows}
-        own |= {name: _row_property(stack) for name, stack in rows}
+        own |= {name: _row_property(name, stack) for name, stack in rows}
         _CLASSES[base, rows] = type(base.__name__, (_Member, base), own)
     return _CLASSES[base, rows]
 
 
-def _row_property(stack: str) -> property:
+def _row_property(name: str, stack: str) -> property:
     """The row of a stack. Written out for this stack: each variable would be one more guard for Dynamo."""
-    source = f"lambda self: self.{_HOLDER}[0]._parameters[{stack!r}].select(0, self.{_ROW})"
-    return property(eval(source, {}))
+    source = f"lambda self: self.{_HOLDER}[0]._parameters[{stack!r}].select(0, self.{_ROW}{name})"
+    return property(eval(source, {}), _refuse_assignment)
+
+
+def _refuse_assignment(module: nn.Module, value: Any) -> None:
+    raise AttributeError(
+        f"This parameter of a {former_class(module).__name__} is a row of a stack and cannot be replaced: "
+        "write to it in place (`with torch.no_grad(): p.copy_(...)`), or unstack_parameters first."
+    )
 
 
 def _rebuild(base: type[nn.Module], rows: _Rows) -> nn.Module:

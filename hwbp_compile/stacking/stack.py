@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .member import Place, former_class, hold, place, places_of, release, stacks_of
@@ -50,7 +51,10 @@ def stack_parameters(model: nn.Module) -> Stacking:
     unstack it first.
 
     Parameters that are shared, do not require gradients, have hooks, are parametrized, of a subclass of
-    ``nn.Parameter``, or of ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, are left out.
+    ``nn.Parameter``, or of ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, are left out: they stay as they are, beside
+    a stack of the others. A row, ``block.weight``, is a view made anew each time: a hook on it, or another
+    ``.data``, is lost with it. The state of an optimizer belongs to the stacks or to the single tensors, and
+    does not fit the other.
 
     Args:
         model: changed in place; it may come from ``torch.compile``, and is compiled anew when it runs.
@@ -59,13 +63,18 @@ def stack_parameters(model: nn.Module) -> Stacking:
         What was stacked and what was left out, and why.
 
     Raises:
-        ValueError: an optimizer has parameters that would be stacked.
+        ValueError: an optimizer, or a module that trains on several devices, has parameters that would be
+            stacked; or some are not initialized yet.
     """
     model = _original(model)
+    if any(is_lazy(p) for p in model.parameters()):
+        raise ValueError(
+            "stack_parameters needs parameters that are initialized: call the model once before."
+        )
     done = Stacking()
     columns = list(_columns(model, done))
-    _refuse_optimizers([p for _, column in columns for p in column.values()], "stack_parameters")
-    stacks: dict[tuple[str, int], dict[str, str]] = {}
+    _refuse_users([p for _, column in columns for p in column.values()], "stack_parameters")
+    placed: dict[str, dict[str, Place]] = {}
     for suffix, column in columns:
         name = _free_name(model, f"stacked_{suffix}")
         values = list(column.values())
@@ -75,13 +84,13 @@ def stack_parameters(model: nn.Module) -> Stacking:
         model.register_parameter(name, stack)
         for row, path in enumerate(column):
             owner, _, short = path.rpartition(".")
-            stacks.setdefault((owner, row), {})[short] = name
+            placed.setdefault(owner, {})[short] = Place(model, name, row)
         done.stacks[name] = tuple(column)
-    for (path, row), names in stacks.items():
+    for path, places in placed.items():
         module = model.get_submodule(path)
-        for short in names:
+        for short in places:
             del module._parameters[short]
-        place(module, model, row, names)
+        place(module, places)
     if done.stacks:
         hold(model, (*stacks_of(model), *done.stacks))
     return done
@@ -101,7 +110,7 @@ def unstack_parameters(model: nn.Module) -> None:
         raise ValueError(
             "unstack_parameters needs the model that stack_parameters was given, not a part of it."
         )
-    _refuse_optimizers([_stack(at) for at in stacks.values()], "unstack_parameters")
+    _refuse_users([_stack(at) for at in stacks.values()], "unstack_parameters")
     for module, places in members:
         release(module)
         for short, at in places.items():
@@ -134,10 +143,12 @@ def _columns(model: nn.Module, done: Stacking) -> Iterator[tuple[str, dict[str, 
         for path, _ in blocks[0][1].named_parameters(remove_duplicate=False):
             column = {_join(name, path): block.get_parameter(path) for name, block in reversed(blocks)}
             reasons = {n: _why_not(model, n, p, uses) for n, p in column.items()}
-            if any(reasons.values()):
-                done.left_out |= {n: reason for n, reason in reasons.items() if reason}
-            else:
-                yield _join(common, path).replace(".", "_"), column
+            kept = {n: p for n, p in column.items() if not reasons[n]}
+            if len(kept) == 1:
+                reasons |= dict.fromkeys(kept, "has no other to share a stack with")
+            done.left_out |= {n: reason for n, reason in reasons.items() if reason}
+            if len(kept) > 1:
+                yield _join(common, path).replace(".", "_"), kept
 
 
 def _why_not(model: nn.Module, name: str, p: nn.Parameter, uses: Counter[int]) -> str:
@@ -218,14 +229,22 @@ def _free_name(model: nn.Module, name: str) -> str:
     return free
 
 
-def _refuse_optimizers(parameters: Sequence[Tensor], function: str) -> None:
-    """An optimizer goes on to step what it was given, which would no longer be what the model uses."""
+def _refuse_users(parameters: Sequence[Tensor], function: str) -> None:
+    """An optimizer goes on to step what it was given, which would no longer be what the model uses.
+
+    Nor would the gradients of what is new be averaged over devices.
+    """
     ids = {id(p) for p in parameters}
     for each in gc.get_objects():
-        if issubclass(type(each), torch.optim.Optimizer) and any(
-            id(p) in ids for group in each.param_groups for p in group["params"]
-        ):
+        kind = type(each)
+        if issubclass(kind, torch.optim.Optimizer):
+            found, what = (p for group in each.param_groups for p in group["params"]), "optimizer"
+        elif issubclass(kind, nn.parallel.DistributedDataParallel):
+            found, what = iter(each.parameters()), "module"
+        else:
+            continue
+        if any(id(p) in ids for p in found):
             raise ValueError(
-                f"A {type(each).__name__} optimizer has parameters that {function} would replace; "
-                "delete it, and make the optimizer afterwards."
+                f"A {kind.__name__} {what} has parameters that {function} would replace; "
+                f"delete it, and make the {what} afterwards."
             )
