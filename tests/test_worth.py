@@ -53,10 +53,37 @@ def test_latency_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert iterated.flops.value > exact.flops.value
 
 
+@pytest.mark.parametrize(
+    ("constant", "exact", "iterated"),
+    # Two gradients of each of three layers in a block, and of the two around them; of a block, the weights of
+    # the two products and of the normalisation.
+    [("_RETURNED", 6 * LENGTH + 4, 6 * LENGTH + 4), ("_COPIED", 0, 3 * LENGTH)],
+)
+def test_calls_beside_the_work(
+    constant: str, exact: int, iterated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_READ", "_RETURNED", "_COPIED", "_KEPT", "_UNSTACKED", "_MATRIX"):
+        monkeypatch.setattr(worth, name, float(name == constant))
+    outcome = decided(torch.randn(3, 4).double(), monkeypatch, call=1.0, flops=1e30, iterations=2)
+    assert outcome.comparison is not None
+    assert outcome.comparison.calls == (exact, iterated)
+
+
 def test_arithmetic_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = decided(torch.randn(3, 4).double(), monkeypatch, call=1e-30, flops=1.0, iterations=2)
     assert outcome.schedule is None
-    assert outcome.reason.startswith("exact backpropagation is not expected to be slower: about ")
+    assert "times as long as exact backpropagation, about" in outcome.reason
+
+
+@pytest.mark.parametrize(("share", "iterated"), [(0.79, True), (0.81, False), (1.5, False)])
+def test_what_is_gained_has_to_be_enough(share: float, iterated: bool) -> None:
+    cpu = torch.device("cpu")
+    found = worth.Comparison(Work(), Work(), 2e-3, share * 2e-3, cpu, calls=(0.0, 0.0))
+    assert bool(found.reason) != iterated
+    if not iterated:
+        said = f"{share:.2f} times as long as exact backpropagation, about {share * 2:.3g} ms against 2 ms"
+        assert said in found.reason
+        assert "0.8 is the most" in found.reason
 
 
 def test_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +111,9 @@ def test_kernels_are_as_fast_as_their_sizes(monkeypatch: pytest.MonkeyPatch) -> 
     """Each is charged at the rate of its own bytes: small ones stay in a cache."""
     monkeypatch.setattr(worth, "operator_seconds", lambda *_: 0.0)
     monkeypatch.setattr(worth, "bandwidth", lambda _, __, size, fresh: 1.0 / size)
-    sizes = (3 << 14, 3 << 20, 5, 1 << 40)
+    sizes = (3 << 14, 3 << 20, 5, 1 << 40, 1 << 20)
     work = Work(kernels=[Amount(sympy.Integer(n), n) for n in sizes])
-    rates = (1 << 16, 1 << 22, 1 << 14, 1 << 25)
+    rates = (1 << 16, 1 << 22, 1 << 14, 1 << 25, 1 << 20)
     found = worth.seconds_of(work, torch.device("cpu"), 0.0)
     assert found == sum(n * rate for n, rate in zip(sizes, rates, strict=True))
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from .. import _compat
 from ..ranges import OpenSizes, Sizes, named
 from ..rates import bandwidth, operator_seconds, product_rate
+from ..verdict import why_exact
 from .emit import Schedule
 from .unstacked import unstacked_products
 from .views import concatenated, is_view, row_of, views_of
@@ -91,14 +92,8 @@ class Comparison:
     @property
     def reason(self) -> str:
         """Why the chain is to be left exact; empty if it is not."""
-        if self.iterated_seconds <= _ENOUGH * self.exact_seconds:
-            return ""
         where = f" for sizes up to {named(self.sizes)}" if self.sizes else ""
-        times = f"about {self.exact_seconds * 1e3:.3g} ms against {self.iterated_seconds * 1e3:.3g} ms"
-        return (
-            f"exact backpropagation is not expected to be slower{where}: {times}; "
-            'apply="always" iterates anyway'
-        )
+        return why_exact(self.exact_seconds, self.iterated_seconds, _ENOUGH, where)
 
     def __str__(self) -> str:
         parts = (
@@ -209,5 +204,5 @@ def seconds_of(work: Work, device: torch.device, calls: float) -> float:
 
 
 def _power(value: float) -> int:
-    """A power of two nearby, so that few things are measured."""
-    return 1 << max(round(value).bit_length(), 1)
+    """The power of two from 2 on that is no smaller, so that few things are measured."""
+    return 1 << max(round(value - 1).bit_length(), 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _compat
 from ..ranges import Sizes
+from ..verdict import why_exact
 from .backward import Settings
 from .case import AS_TRACED, Case, case_of
 from .measured import Exact, measure_kernels, measure_library
@@ -51,10 +52,7 @@ def why_exact_is_faster(
         "%s, %s steps: exact %.2f ms (%s), iterated about %.2f ms",
         key, steps, taken * 1e3, exact.by, approximate * 1e3,
     )  # fmt: skip
-    if approximate < _ENOUGH * taken:
-        return ""
-    times = f"{taken * 1e3:.3g} ms against about {approximate * 1e3:.3g} ms"
-    return f'exact backpropagation is faster here: {times}; apply="always" iterates all the same'
+    return why_exact(taken, approximate, _ENOUGH)
 
 
 def kernels_are_faster(

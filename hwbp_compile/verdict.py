@@ -1,0 +1,23 @@
+"""What ``apply="auto"`` concludes from two expected times, and how it says so."""
+
+from __future__ import annotations
+
+
+def why_exact(exact: float, iterated: float, most: float, where: str = "") -> str:
+    """Why a chain stays exact; empty if it is worth iterating.
+
+    Args:
+        exact: seconds expected of exact backpropagation.
+        iterated: seconds expected of the iteration.
+        most: the share of the exact time that an iteration may be expected to take; what is gained beyond it
+            is not sure.
+        where: for which sizes, if not for all.
+    """
+    if iterated <= most * exact:
+        return ""
+    share = iterated / max(exact, 1e-9)
+    return (
+        f"the iteration is expected to take {share:.2f} times as long as exact backpropagation{where}, about "
+        f"{iterated * 1e3:.3g} ms against {exact * 1e3:.3g} ms, and {most:g} is the most that is worth it; "
+        'apply="always" iterates all the same'
+    )
