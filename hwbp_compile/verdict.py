@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+_REMEDY = 'apply="always" iterates all the same'
+
+
+def is_about_cost(reason: str) -> bool:
+    """Whether a reason is one of :func:`why_exact`, so that another number of iterations may be worth it."""
+    return reason.endswith(_REMEDY)
+
 
 def why_exact(exact: float, iterated: float, most: float, where: str = "") -> str:
     """Why a chain stays exact; empty if it is worth iterating.
@@ -19,5 +26,5 @@ def why_exact(exact: float, iterated: float, most: float, where: str = "") -> st
     return (
         f"the iteration is expected to take {share:.2f} times as long as exact backpropagation{where}, about "
         f"{iterated * 1e3:.3g} ms against {exact * 1e3:.3g} ms, and {most:g} is the most that is worth it; "
-        'apply="always" iterates all the same'
+        + _REMEDY
     )

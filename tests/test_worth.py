@@ -91,6 +91,29 @@ def test_always(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decided(x, monkeypatch, 1e-30, 1.0, iterations=2, apply="always").schedule is not None
 
 
+@pytest.mark.parametrize(("limit", "k"), [(9, 4), (3, 1), (0, None)])
+def test_explain_where_k_is_chosen(limit: int, k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training watches where one iteration is worth it, whatever four are."""
+
+    def seconds(work: Work, *_: Any) -> float:
+        return 1.0 + len(work.products)
+
+    monkeypatch.setattr(worth, "seconds_of", seconds)
+    of_one = explain(model(), torch.randn(3, 4).double(), options={"iterations": 1}).chains[0]
+    of_four = explain(model(), torch.randn(3, 4).double(), options={"iterations": 4}).chains[0]
+    assert of_one.costs is not None
+    assert of_four.costs is not None
+    ends = sorted(c.costs[1].products for c in (of_one, of_four) if c.costs is not None)
+    most = {9: ends[1] + 1, 3: sum(ends) / 2, 0: ends[0] - 1}[limit]
+    exact = of_one.costs[0].products
+    monkeypatch.setattr(worth, "_ENOUGH", (1 + most) / (1 + exact))
+    found = explain(model(), torch.randn(3, 4).double())
+    assert found.chains[0].iterations == k
+    chosen = [n for n in found.notes if n.startswith('iterations="auto" chooses k while training')]
+    assert [f"k = {k}" in note for note in chosen] == ([] if k is None else [True])
+    assert ["not expected to be worth it" in note for note in chosen] == ([] if k is None else [k == 1])
+
+
 def test_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a batch of any size they have its symbol, and its values at the end of the range at hand."""
     fixed = decided(torch.randn(4, 4).double(), monkeypatch, 1.0, 1e30, iterations=1).comparison

@@ -18,6 +18,7 @@ from ..passes.pipeline import Outcome, Record, prepare, rewrite
 from ..passes.worth import Comparison
 from ..recurrent.capture import Layer
 from ..recurrent.packed import REASON
+from ..verdict import is_about_cost
 from .capture import Capture, Frame, capture
 from .explanation import ChainReport, CostReport, Explanation, GraphReport, SizesReport
 from .gaps import gaps
@@ -58,7 +59,31 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         settings, _ = parse_options(compiled.options, compiled.mode)
     else:
         settings, _ = parse_options(options)
-    chosen, settings = settings.iterations == "auto", settings.shown()
+    if settings.iterations != "auto":
+        return _explained(model, compiled, args, kwargs, settings)
+    most = settings.shown()
+    found = _explained(model, compiled, args, kwargs, most)
+    note = f'iterations="auto" chooses k while training; this is k = {most.iterations}'
+    if not any(c.applied for c in found.chains):
+        if not any(is_about_cost(c.reason) for c in found.chains):
+            return found
+        # A step is watched, and k chosen, where a single iteration would be worth it.
+        first = replace(most, iterations=1)
+        fewer = _explained(model, compiled, args, kwargs, first)
+        if not any(c.applied for c in fewer.chains):
+            return found
+        found = fewer
+        note = (
+            'iterations="auto" chooses k while training; this is k = 1, '
+            f"and k = {most.iterations} is not expected to be worth it"
+        )
+    return replace(found, notes=(note, *found.notes))
+
+
+def _explained(
+    model: Any, compiled: _compat.Compiled, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Options
+) -> Explanation:
+    ours = compiled.backend == "highway"
     captured = capture(compiled.original, args, kwargs, settings, compiled.dynamic)
     notes = []
     if compiled.backend is not None and not ours:
@@ -69,11 +94,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
         notes.append("parts of the model are compiled on their own; this is what happens if all of it is")
     names = module_names(compiled.original)
     notes.extend(_recurrent_notes(compiled.original, captured, names))
-    found = explain_capture(captured, settings, names, notes)
-    if not chosen or not any(c.applied for c in found.chains):
-        return found
-    note = f'iterations="auto" chooses k while training; this is k = {settings.iterations}'
-    return replace(found, notes=(note, *found.notes))
+    return explain_capture(captured, settings, names, notes)
 
 
 def _recurrent_notes(model: Any, captured: Capture, names: Names) -> list[str]:
