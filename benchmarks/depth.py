@@ -23,6 +23,7 @@ import contextlib
 import gc
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from typing import Any
 
 import torch
 from allocations import memory_of
-from depth_case import ALL, CHOSEN, GRIDS, Case, K, caches_in, compile_seconds
+from depth_case import ALL, CHOSEN, GRIDS, Case, K, compile_once, compile_seconds
 from depth_models import FAMILIES, Row, add_row, row_of
 from json_lines import add_line, read_lines
 from measuring import (
@@ -71,7 +72,10 @@ def measure_row(
     products = known.get(PRODUCTS) if arguments.cache else case.products()
     steps, seconds = {}, {name: [known.get(name, 0.0), 0.0] for name in names}
     with contextlib.ExitStack() as stack:
-        folders = {n: arguments.cache or stack.enter_context(TemporaryDirectory()) for n in names}
+        folders = {
+            n: folder_of(arguments, row, n) if arguments.cache else stack.enter_context(TemporaryDirectory())
+            for n in names
+        }
         for again in (0, 1) if arguments.compile_time else (1,):
             torch._dynamo.reset()
             for name in names:
@@ -174,6 +178,7 @@ def begin(arguments: argparse.Namespace) -> None:
     set_limits(arguments)
     if arguments.cuda_graphs:
         use_side_stream()
+    compile_once()
 
 
 def prepare(arguments: argparse.Namespace, jobs: Sequence[tuple[Row, str]]) -> None:
@@ -199,11 +204,14 @@ def prepare_one(arguments: argparse.Namespace, job: tuple[Row, str]) -> Any:
     case = Case(row, arguments)
     if what == PRODUCTS:
         return case.products()
-    step = case.step(what)
-    with caches_in(arguments.cache):
-        seconds = compile_seconds(step, arguments.cache)
-        step()  # with k chosen, it takes another program
-    return seconds
+    return compile_seconds(case.step(what), folder_of(arguments, row, what))
+
+
+def folder_of(arguments: argparse.Namespace, row: Row, setting: str) -> Path:
+    """Of the folder, what belongs to one setting of a row: what was compiled for others is of no use then."""
+    if arguments.shared:
+        return Path(arguments.cache)
+    return Path(arguments.cache) / re.sub(r"\W+", "-", f"{row} {setting}")
 
 
 def prepared(arguments: argparse.Namespace, row: Row) -> dict[str, Any]:
@@ -228,6 +236,7 @@ def arguments_of_command() -> argparse.Namespace:
     add("--save", type=Path, metavar="FILE", help="append the results as JSON, a line a row")
     add("--cache", type=Path, metavar="FOLDER", help="measure what --prepare has compiled into it")
     add("--prepare", action="store_true", help="only compile, into the folder of --cache")
+    add("--shared", action="store_true", help="all settings share the folder: quicker, but not compiled cold")
     add("--jobs", type=int, help="with --cache: processes; one by default, to prepare one per core")
     add("--patience", type=float, default=180, help="with --cache: seconds of one row, or setting to prepare")
     add_turns(made)

@@ -87,9 +87,9 @@ decision() {
 depth() {
     # shellcheck disable=SC2086
     for precision in ${PRECISIONS:-tf32}; do
-        nice "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --prepare ${DEPTH:-} \
+        nice "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --shared --prepare ${DEPTH:-} \
             >>"$out/prepared.txt" 2>>"$out/errors.txt" || return
-        "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --turns "$turns" --jobs 3 \
+        "$python" benchmarks/depth.py --device cuda --threads 1 --precision "$precision" --cache "$cache" --shared --turns "$turns" --jobs 3 \
             --cuda-graphs --save "$out/depth.jsonl" ${DEPTH:-} 2>>"$out/errors.txt" | tee -a "$out/depth.txt" || return
     done
 }
