@@ -247,6 +247,9 @@ def gradients(model: nn.Module, forward: Any, *inputs: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(forward(*inputs), [*inputs, *model.parameters()]))
 
 
+EXACTLY: dict[str, Any] = {"backend": "highway", "options": {"iterations": "exact", "codegen": "eager"}}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "layers": {"num_layers": 3},
@@ -295,6 +298,33 @@ def test_modules(kind: str, variant: str, given_carry: bool) -> None:
     reference = functools.partial(model.of, reference_module(module, approximate))
     assert relative_error(found, gradients(model, lambda x, *c: reference(x, c), *inputs)) <= TOLERANCE
     assert relative_error(found, expected) > 1e-6
+
+
+class Deep(nn.Module):
+    """Layers with residual connections between them."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer("gru", 5, 5) for _ in range(layers))
+
+    def forward(self, x: Tensor, of: Any = lambda module: module) -> Tensor:
+        for module in self.layers:
+            x = x + of(module)(x)[0]
+        return x.sin().sum() + x[-1].square().sum()
+
+
+@pytest.mark.parametrize("layers", some_slow([3, 5], {5}))
+def test_layers_with_residual_connections(layers: int) -> None:
+    model = Deep(layers)
+    x = torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True)
+    for settings in (Settings(6), Settings(1), Settings(1, group_size=2)):
+        torch._dynamo.reset()
+        options = {"apply": "always", "codegen": "eager", **asdict(settings)}
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+        reference = functools.partial(model, of=functools.partial(reference_module, settings=settings))
+        found = gradients(model, compiled, x)
+        assert relative_error(found, gradients(model, reference, x)) <= TOLERANCE
+        assert (relative_error(found, gradients(model, model, x)) <= TOLERANCE) == (settings.iterations == 6)
 
 
 def test_no_residual_path() -> None:
@@ -448,21 +478,47 @@ def test_where_there_are_no_kernels(kind: str, iterations: int, monkeypatch: pyt
     assert relative_error(found, expected) <= TOLERANCE
 
 
-def test_unbatched_input() -> None:
-    model = Model(layer("gru", 3, 5))
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_unbatched_input(kind: str) -> None:
+    model = Model(layer(kind, 3, 5, bidirectional=True))
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    options = {"iterations": 7, "apply": "always", "group_size": 1, "codegen": "eager"}
-    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
-    assert relative_error(gradients(model, compiled, x), gradients(model, model, x)) <= TOLERANCE
+    for settings in (Settings(7), Settings(1, group_size=2)):
+        options = {"apply": "always", "codegen": "eager", **asdict(settings)}
+        compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+        run = reference_module(model.module, settings)
+
+        def reference(x: Tensor, run: Any = run) -> Tensor:
+            return model.of(run, x.unsqueeze(1))
+
+        assert relative_error(gradients(model, compiled, x), gradients(model, reference, x)) <= TOLERANCE
+    exact = torch.compile(model, **EXACTLY)
+    assert relative_error(gradients(model, exact, x), gradients(model, model, x)) <= TOLERANCE
 
 
 def test_dropout_between_layers() -> None:
-    """The random numbers are other ones than the library's, so only their effect can be compared."""
+    """The random numbers are other ones than the library's: those of a dropout between two layers."""
     module = nn.GRU(3, 5, num_layers=2, dropout=0.5)
     compiled = torch.compile(Model(module), backend="highway", options={"codegen": "eager"}, fullgraph=True)
     x = torch.randn(6, 4, 3)
     values = {compiled(x).item() for _ in range(4)}
     assert len(values) == 4
+
+    layers = [nn.GRU(3, 5), nn.GRU(5, 5)]
+    for i, each in enumerate(layers):
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            setattr(each, f"{name}_l0", getattr(module, f"{name}_l{i}"))
+
+    def composed(x: Tensor) -> Tensor:
+        """Two layers, one of which reads what is dropped of the other."""
+        y, first = layers[0](x)
+        y, second = layers[1](2 * y * (torch.rand_like(y) > 0.5))
+        return Model(module).of(lambda *_: (y, torch.cat([first, second])), x)
+
+    both = []
+    for forward in (compiled, composed):
+        torch.manual_seed(3)
+        both.append(list(torch.autograd.grad(forward(x), list(module.parameters()))))
+    assert relative_error(*both) <= 1e-5
     module.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), Model(module)(x))
