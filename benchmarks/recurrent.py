@@ -2,9 +2,9 @@
 
 The loss is a random linear function of all outputs, the weights are as initialised. Besides times, the
 table has the smallest cosine between the exact and the highway gradient of any parameter, and the most memory
-that a step allocates. ``--loops`` adds what a user has for a cell of his own: a loop in
-Python, and torch's scan under Inductor. The kind ``3-gru`` is the paper's: three layers, each added to its
-input.
+that a step allocates. ``--loops`` adds what a user has for a cell of his own: a loop in Python, with autograd
+and without (written by hand), and torch's scan under Inductor. The kind ``3-gru`` is the paper's: three
+layers, each added to its input.
 
     python benchmarks/recurrent.py --kind gru --threads 1 --repeats 15
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from allocations import memory_of
+from gru_by_hand import GRUByHand
 from measuring import (
     PRECISIONS,
     Step,
@@ -128,6 +129,7 @@ def main() -> None:
         if arguments.loops and arguments.kind == "gru":
             loop, scanned = Loop(module, in_python), Loop(module, scan)
             steps["loop, eager"] = Step(module, loop, x, direction)
+            steps["loop, by hand"] = Step(module, GRUByHand(module), x, direction)
             under_inductor = torch.compile(scanned, backend="inductor", fullgraph=True)
             steps["scan, Inductor"] = Step(module, under_inductor, x, direction)
         exact = [g.clone() for g in steps["torch, eager"]()]

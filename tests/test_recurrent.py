@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import relative_error
+from compare import joint_graphs, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from marks import some_slow
@@ -678,6 +678,37 @@ def test_lengths_and_batches_that_change(kind: str, group_size: int) -> None:
 
     assert graphs(True) == [1, 0, 0, 0, 0, 0]
     assert graphs(None) == [1, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("iterations", ["exact", 2])
+def test_programs_do_not_grow_with_the_length(kind: str, iterations: int | str) -> None:
+    """So neither does what it takes to compile them."""
+    module = layer(kind, 3, 5)
+    options = {"iterations": iterations, "apply": "always", "codegen": "eager"}
+    nodes = []
+    for steps in (64, 1504):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="highway", options=options, fullgraph=True, dynamic=False)
+        with joint_graphs() as graphs:
+            compiled(torch.randn(steps, 2, 3, dtype=torch.float64))
+        nodes.append([len(graph.nodes) for graph in graphs])
+    assert nodes[0] == nodes[1]
+
+
+@pytest.mark.parametrize("kind", ONE_LAYER)
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_single_precision(kind: str, group_size: int) -> None:
+    proj_size = 3 if kind == "lstm with projection" else 0
+    kind = kind.split()[0]
+    module = layer(kind, 3, 8, **({"proj_size": proj_size} if proj_size else {})).float()
+    x, carry = data(kind, 20, 4, 3, module)
+    x, *carry = (t.detach().float().requires_grad_() for t in (x, *carry))
+    cotangents = [torch.randn(20, *carry[0].shape), torch.randn(carry[-1].shape)]
+    expected = torch_gradients(module, x, carry, cotangents)
+    for settings in (Settings(20, group_size=group_size), Settings(EXACT)):
+        found = layer_gradients(kind, module, x, carry, cotangents, settings)
+        assert relative_error(found, expected) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import joint_graphs
 from marks import some_slow
 from scan_cells import CELLS
 from test_scans import Model, data
@@ -49,6 +50,40 @@ def test_the_faster_one_is_chosen(
         assert 'apply="always"' in chain.reason
     (chain,) = explain(kind(3, 5), torch.randn(20, 2, 3), options={"apply": "always", "group_size": 1}).chains
     assert chain.applied
+
+
+@pytest.mark.parametrize("iterations", ["exact", 2])
+@pytest.mark.parametrize(
+    ("kernels", "library"),
+    [((1.0, 2.0), (2.0, 2.0)), ((2.0, 2.0), (1.0, 2.0)), ((1.0, 3.0), (2.0, 1.0)), (None, (1.0, 1.0))],
+)
+def test_exact_is_done_by_the_faster(
+    kernels: tuple[float, float] | None,
+    library: tuple[float, float],
+    iterations: int | str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the library and our kernels, by the sum of both passes."""
+
+    def of(by: str, seconds: tuple[float, float] | None) -> Exact | None:
+        return seconds and Exact(by, Line(seconds[0], 0.0), Line(seconds[1], 0.0))
+
+    monkeypatch.setattr(cost, "measure_kernels", lambda *_: of("kernels", kernels))
+    monkeypatch.setattr(cost, "measure_library", lambda *_: of("library", library))
+    monkeypatch.setattr(cost, "_iterated", lambda *_: 100.0)
+    model = nn.Sequential(nn.GRU(3, 5))
+    x = torch.randn(7, 2, 3)
+    expected = torch.autograd.grad(model(x)[0].sum(), list(model.parameters()))
+    options = {"iterations": iterations, "codegen": "eager"}
+    compiled = torch.compile(model, backend="highway", options=options, fullgraph=True)
+    with joint_graphs() as graphs:
+        found = torch.autograd.grad(compiled(x)[0].sum(), list(model.parameters()))
+    operators = {op_name(n) for graph in graphs for n in graph.nodes if n.op == "call_function"}
+    by_kernels = kernels is not None and sum(kernels) < sum(library)
+    assert ("hwbp_compile::recurrence" in operators) == by_kernels
+    assert ("hwbp_compile::library_training" in operators) != by_kernels
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
 
 
 def test_scans_are_decided_on_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,9 +95,10 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_half_precision_accumulates_in_single(implementation: str) -> None:
-    v, a = torch.full((4096, 1), 1e-3, dtype=torch.bfloat16), torch.ones(4096, 1, dtype=torch.bfloat16)
+def test_half_precision_accumulates_in_single(implementation: str, dtype: torch.dtype) -> None:
+    v, a = torch.full((4096, 1), 1e-3, dtype=dtype), torch.ones(4096, 1, dtype=dtype)
     u = IMPLEMENTATIONS[implementation](v, a)
     assert abs(float(u[-1]) / (4096 * float(v[0])) - 1) < 0.01
 

@@ -15,15 +15,15 @@ import torch
 from hwbp_compile.scan import triton
 from hwbp_compile.scan.naive import linear_scan_naive
 kernel = triton.kernel()
-triton._MANY_TILES = 8  # of more the interpreter takes long
+triton._MANY_TILES = 3  # of more the interpreter takes long
 tolerances = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 torch.manual_seed(0)
 for dtype, tolerance in tolerances.items():
     # Less than a tile, several, a whole number of them, so many that all are worked on at once; one column,
     # more than a program's.
     more = [(1, 1), (64, 16), (150, 5)] if ALL or dtype.itemsize > 2 else []
-    for rows, columns in ((3, 20), *more, *([(520, 2)] * (dtype == torch.float32))):
-        for scalar in (False, True):
+    for rows, columns in ((3, 20), *more, *([(200, 2)] * (dtype == torch.float32))):
+        for scalar in (False, True) if ALL or rows == 3 else (rows == 150,):
             for reverse in (False, True):
                 v = torch.randn(2 * rows, columns).to(dtype)[::2]
                 a = torch.rand(rows, 1 if scalar else columns).to(dtype)
@@ -40,10 +40,13 @@ v, first = torch.randn(70, 3), torch.randn(3)
 expected = torch.cat([first.unsqueeze(0), first + v.cumsum(0)])
 torch.testing.assert_close(kernel(v, None, first, False, True), expected, rtol=1e-5, atol=1e-5)
 # The products of coefficients overflow, what they multiply is zero.
-for rows in (130, 640):
+for rows in (130, 210):
     v, a = torch.zeros(rows, 3), torch.full((rows, 3), 8.0)
     v[-1] = 1
     torch.testing.assert_close(kernel(v, a, None, False, False), linear_scan_naive(v, a))
+# Half precision would stay at a quarter: what is added is less than half of its last place there.
+v, a = torch.full((512, 1), 1e-3, dtype=torch.bfloat16), torch.ones(512, 1, dtype=torch.bfloat16)
+assert abs(float(kernel(v, a, None, False, False)[-1]) / (512 * float(v[0])) - 1) < 0.01
 print("done")
 """
 

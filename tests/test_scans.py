@@ -566,6 +566,15 @@ def test_states_that_share_memory_and_mixed_precision() -> None:
     assert "mixed precision" in chain.reason
 
 
+@pytest.mark.parametrize("name", some_slow(CELLS, set(CELLS) - {"layer norm gru"}))
+def test_single_precision(name: str) -> None:
+    model = Model(CELLS[name]).float()
+    inputs = [t.detach().float().requires_grad_() for t in data(model.cell, 20, 4)]
+    expected = gradients(model, lambda *a: model(*a, over_time=loop), inputs)
+    for iterations in ("exact", 20):
+        assert relative_error(highway(model, inputs, iterations=iterations), expected) <= 1e-4
+
+
 @pytest.mark.slow
 def test_inductor_in_single_precision() -> None:
     model = Model(CELLS["layer norm gru"]).float()

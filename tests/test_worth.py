@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import sympy
 import torch
 from compare import recorded
-from small_models import LENGTH, D, compiled, grads, model
+from marks import some_slow
+from small_models import LENGTH, D, compiled, grads, model, settled
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -209,3 +211,32 @@ def test_weights_that_stay_in_no_cache_count_as_copied(monkeypatch: pytest.Monke
         found.append(comparison.iterated.bytes.value)
     weights = 2 * LENGTH * 2 * D * D * 8
     assert found[1] - found[0] >= 2 * weights, "they are read and written"
+
+
+@pytest.mark.parametrize("pays", some_slow(["any k", "one iteration", "nothing"], {"any k", "nothing"}))
+def test_the_defaults_together(pays: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k is chosen where a single iteration would pay, and then only what pays at that k is iterated."""
+    m, x = settled(), torch.randn(3, 4).double()
+    expected = grads(m, m, x)
+    products = {
+        k: explain(m, x, options={"iterations": k, "apply": "always"}).graphs[0].depth_after for k in (1, 2)
+    }
+    assert products[1] < products[2]
+    most = {"any k": math.inf, "one iteration": products[1], "nothing": 0}[pays]
+
+    def seconds(work: Work, *_: Any) -> float:
+        # Exact backpropagation, which has more in sequence than all others, takes a second.
+        return 1.0 if work.depth > 2 * 3 * LENGTH else float(work.depth > most)
+
+    monkeypatch.setattr(worth, "seconds_of", seconds)
+    torch._dynamo.reset()
+    forward = torch.compile(m, backend="highway", options={"codegen": "eager"})
+    done = []
+    with recorded() as records:
+        for _ in range(4):
+            found = grads(m, forward, x)
+            error = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+            done.append("exact" if error < 1e-10 else "iterated")
+    assert done == ["exact", *(["iterated"] * 3 if pays == "any k" else ["exact"] * 3)]
+    # A program that watches, unless nothing pays, and one that does what was chosen.
+    assert len(records) == (1 if pays == "nothing" else 2)
