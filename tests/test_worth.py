@@ -10,8 +10,8 @@ import sympy
 import torch
 from compare import recorded
 from marks import some_slow
-from small_models import LENGTH, D, compiled, grads, model, settled
-from torch import Tensor
+from small_models import LENGTH, D, chain, compiled, grads, model, settled
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import explain
@@ -86,6 +86,53 @@ def test_what_is_gained_has_to_be_enough(share: float, iterated: bool) -> None:
         said = f"{share:.2f} times as long as exact backpropagation, about {share * 2:.3g} ms against 2 ms"
         assert said in found.reason
         assert "0.8 is the most" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("own", "iterated"),
+    [
+        ([2.0, 2.0, 2.0], [True, True, True]),  # 1 - 3 * 0.1 of the time, each 0.9
+        ([2.0, 2.0, 2.6], [True, True, False]),  # the last takes more than 0.8 of its own share of 3
+        ([2.2, 2.6, 2.8], [False, False, False]),  # a single one contributes
+        ([0.5, 2.0, 3.5], [True, True, False]),
+        ([2.4, 2.4], [False, False]),  # 0.88 together
+        ([None, 0.9], [None, True]),  # 0.79
+    ],
+)
+def test_chains_together(
+    own: list[float | None], iterated: list[bool | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 3 of the 10 seconds of a backward pass."""
+    monkeypatch.setattr(worth, "seconds_of", lambda work, *_: work.depth / 10)
+    cpu, ten = torch.device("cpu"), 10.0
+    comparisons = [
+        seconds
+        and worth.Comparison(
+            Work(), Work(), ten, ten - 3 + seconds, cpu, (0.0, 0.0), Work(depth=round(10 * seconds))
+        )
+        for seconds in own
+    ]
+    reasons = worth.verdicts(comparisons)
+    expected = [i in (None, True) for i in iterated]
+    assert [not reason for reason in reasons] == expected
+
+
+def test_a_model_of_several_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of four equal chains takes enough of the time to be worth it alone; all of them are iterated."""
+    parts = [[*chain(), nn.Sequential(nn.Linear(D, D + 1), nn.Linear(D + 1, D))] for _ in range(4)]
+    m = nn.Sequential(nn.Linear(4, D), *(block for part in parts for block in part)).double()
+    monkeypatch.setattr(worth, "seconds_of", lambda work, *_: float(len(work.products)))
+    x = torch.randn(3, 4).double()
+    expected = grads(m, m, x)
+    with recorded() as records:
+        found = grads(m, compiled(m, iterations=1), x)
+    (record,) = records
+    assert [outcome.schedule is not None for outcome in record.outcomes] == [True] * 4
+    assert all(outcome.comparison.reason for outcome in record.outcomes if outcome.comparison is not None)
+    assert max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)) > 1e-4
+    torch._dynamo.reset()
+    chains = explain(m, x, options={"iterations": 1}).chains
+    assert [c.applied for c in chains if c.blocks == LENGTH] == [True] * 4
 
 
 def test_always(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from .. import _compat
 from ..options import Choice, Options
 from ..passes.pipeline import rewrite
-from ..passes.worth import Comparison
+from ..passes.worth import Comparison, verdicts
 from ..ranges import OpenSizes, Range, named
 from ..recurrent.capture import Layer, settle
 
@@ -94,7 +94,8 @@ class Choices:
         layers = self._later(lambda: settle(_compat.copy_dynamo_graph(self._gm), judged, sizes))
         comparisons = self._compared(judged, _iterated(layers))
         self._note(judged, layers, comparisons)
-        over_depth = tuple(c is not None and not c.at(sizes).reason for c in comparisons)
+        there = [c and c.at(sizes) for c in comparisons]
+        over_depth = tuple(bool(c) and not why for c, why in zip(there, verdicts(there), strict=True))
         choice = self._within_limit(judged, Choice(_iterated(layers), over_depth))
         if self._said not in (None, choice):
             chains = [*choice.over_time, *choice.over_depth]

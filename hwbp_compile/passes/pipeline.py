@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
@@ -28,7 +28,7 @@ from .row_gradients import join_row_gradients
 from .sink import sink_stacks
 from .sizes import sizes_of_inputs
 from .unstacked import multiply_unstacked
-from .worth import Comparison, compare
+from .worth import Comparison, Sequential, compare, verdicts
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     lap("find")
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     chosen = None if options.chosen is None else options.chosen.over_depth
-    for i, each in enumerate(found):
-        done.outcomes.append(_outcome(graph, each, options.for_chain(chosen, i), part, taken))
-        lap("trace")
+    of_chains = [options.for_chain(chosen, i) for i in range(len(found))]
+    done.outcomes = _outcomes(graph, found, of_chains, part, taken)
+    lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes, backup)
         lap("insert")
@@ -189,21 +189,26 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
     return [done[i] for i in range(len(outcomes))]
 
 
-def _outcome(
-    graph: Graph, found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]
-) -> Outcome:
-    """Decide on one chain and trace its schedule."""
-    if not options.watch:
-        return _worth_it(graph, _plan(found, options, part, taken), options)
-    comparison = None
-    if options.apply == "auto":
-        least = options.judged()
-        outcome = _worth_it(graph, _plan(found, least, part, taken), least)
-        if outcome.schedule is None:
-            return outcome
-        comparison = outcome.comparison
-    watched = _plan(found, replace(options, iterations=options.watch), part, taken)
-    return replace(watched, comparison=comparison)
+def _outcomes(
+    graph: Graph,
+    found: Sequence[Chain | Refusal],
+    options: Sequence[Options],
+    part: LinearPart,
+    taken: set[Node],
+) -> list[Outcome]:
+    """Trace the schedules of the chains, and decide which of them there are to be."""
+    judged = [o.judged() if o.watch and o.apply == "auto" else o for o in options]
+    planned = [
+        Outcome(f, "") if o.watch and o.apply != "auto" else _plan(f, j, part, taken)
+        for f, o, j in zip(found, options, judged, strict=True)
+    ]
+    planned = _worth_it(graph, planned, judged)
+    return [
+        replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison)
+        if o.watch and not p.reason
+        else p
+        for f, o, p in zip(found, options, planned, strict=True)
+    ]
 
 
 def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
@@ -227,21 +232,27 @@ def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set
         return Outcome(found, _internal(error))
 
 
-def _worth_it(graph: Graph, outcome: Outcome, options: Options) -> Outcome:
-    """Leave a chain exact that is not expected to be faster iterated."""
-    if outcome.schedule is None or options.apply != "auto":
-        return outcome
-    try:
-        comparison = compare(graph, outcome.schedule)
-    except _compat.restart_exceptions():
-        raise
-    except Exception as error:
-        log.warning("A chain is left exact as its cost cannot be estimated.", exc_info=True)
-        return Outcome(outcome.found, f"its cost cannot be estimated ({type(error).__name__}: {error})")
-    log.info("A chain of %d blocks: %s", len(outcome.found.blocks), comparison)
-    if comparison.reason:
-        return Outcome(outcome.found, comparison.reason, comparison=comparison)
-    return replace(outcome, comparison=comparison)
+def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Options]) -> list[Outcome]:
+    """Leave chains exact that are not expected to be faster iterated."""
+    exact: Sequential | None = None
+    done = list(outcomes)
+    for i, (outcome, each) in enumerate(zip(outcomes, options, strict=True)):
+        if outcome.schedule is None or each.apply != "auto":
+            continue
+        try:
+            exact = exact or Sequential(graph)
+            comparison = compare(exact, outcome.schedule)
+        except _compat.restart_exceptions():
+            raise
+        except Exception as error:
+            log.warning("A chain is left exact as its cost cannot be estimated.", exc_info=True)
+            reason = f"its cost cannot be estimated ({type(error).__name__}: {error})"
+            done[i] = Outcome(outcome.found, reason)
+            continue
+        log.info("A chain of %d blocks: %s", len(outcome.found.blocks), comparison)
+        done[i] = replace(outcome, comparison=comparison)
+    reasons = verdicts([outcome.comparison for outcome in done])
+    return [replace(o, reason=r, schedule=None) if r else o for o, r in zip(done, reasons, strict=True)]
 
 
 def _internal(error: Exception) -> str:

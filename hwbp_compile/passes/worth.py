@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,6 +47,8 @@ class Comparison:
     device: torch.device
     calls: tuple[float, float]
     """Beside the work, in calls of a small operator."""
+    own: Work = field(default_factory=Work)
+    """Of the iterated pass, what the schedule does."""
     open_sizes: OpenSizes = field(default_factory=lambda: OpenSizes(()))
     """The sizes that the graph leaves open."""
     sizes: Sizes = field(default_factory=dict)
@@ -63,35 +65,28 @@ class Comparison:
         """The same for other values of the open sizes; this one if the outcome does not depend on them."""
         if not self.is_open or sizes == self.sizes:
             return self
-        exact, iterated = self.exact.at(sizes), self.iterated.at(sizes)
+        exact, iterated, own = (work.at(sizes) for work in (self.exact, self.iterated, self.own))
         seconds = [seconds_of(w, self.device, c) for w, c in zip((exact, iterated), self.calls, strict=True)]
         return replace(
             self,
             exact=exact,
             iterated=iterated,
+            own=own,
             exact_seconds=seconds[0],
             iterated_seconds=seconds[1],
             sizes=sizes,
         )
 
-    def by_size(self) -> Iterator[tuple[str, int, bool]]:
-        """For each symbol, ends of ranges around its value, and whether the chain is worth iterating there.
-
-        The other symbols keep their values.
-        """
-        if not self.is_open:
-            return
-        for symbol in self.open_sizes.symbols:
-            low = max(symbol.low, symbol.value // _AROUND, 1)
-            high = min(symbol.high, symbol.value * _AROUND)
-            for exponent in range((low - 1).bit_length(), high.bit_length()):
-                size = 1 << exponent
-                others = dict(self.sizes) | {symbol.expression: size}
-                yield str(symbol.expression), size, not self.at(others).reason
+    @property
+    def contributes(self) -> bool:
+        """Whether what is done for the chain takes enough less time, whatever else the backward pass does."""
+        own = seconds_of(self.own, self.device, self.calls[1] - self.calls[0])
+        freed = self.exact_seconds - (self.iterated_seconds - own)
+        return not why_exact(freed, own, _ENOUGH)
 
     @property
     def reason(self) -> str:
-        """Why the chain is to be left exact; empty if it is not."""
+        """Why the chain is to be left exact, if it is the only one; empty if it is not."""
         where = f" for sizes up to {named(self.sizes)}" if self.sizes else ""
         return why_exact(self.exact_seconds, self.iterated_seconds, _ENOUGH, where)
 
@@ -107,18 +102,62 @@ class Comparison:
         )
 
 
-def compare(graph: Graph, schedule: Schedule) -> Comparison:
-    """Count the backward half of a joint graph as it is and with a schedule, and predict the times.
+def verdicts(comparisons: Sequence[Comparison | None]) -> list[str]:
+    """Why each chain of one backward pass is left exact; empty for those that are iterated.
+
+    What several chains gain together may be enough where none of them does alone.
+    """
+    reasons = ["" if c is None else c.reason for c in comparisons]
+    known = [(i, c) for i, c in enumerate(comparisons) if c is not None and (not reasons[i] or c.contributes)]
+    if len(known) > 1:
+        exact = known[0][1].exact_seconds
+        together = exact - sum(c.exact_seconds - c.iterated_seconds for _, c in known)
+        if not why_exact(exact, together, _ENOUGH):
+            for i, _ in known:
+                reasons[i] = ""
+    return reasons
+
+
+def by_size(comparisons: Sequence[Comparison | None], chain: int) -> Iterator[tuple[str, int, bool]]:
+    """For each symbol, ends of ranges around its value, and whether the chain is worth iterating there.
+
+    The other symbols keep their values.
+    """
+    comparison = comparisons[chain]
+    if comparison is None or not comparison.is_open:
+        return
+    for symbol in comparison.open_sizes.symbols:
+        low = max(symbol.low, symbol.value // _AROUND, 1)
+        high = min(symbol.high, symbol.value * _AROUND)
+        for exponent in range((low - 1).bit_length(), high.bit_length()):
+            size = 1 << exponent
+            others = dict(comparison.sizes) | {symbol.expression: size}
+            reasons = verdicts([c and c.at(others) for c in comparisons])
+            yield str(symbol.expression), size, not reasons[chain]
+
+
+class Sequential:
+    """The backward half of a joint graph as it is, which all schedules for it are compared with."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes = [n for n in graph.nodes if n.meta.get("partitioner_tag") == "is_backward"]
+        self.work = work_of(self.nodes)
+        self.read, returned = _boundary(graph, set(self.nodes))
+        self.calls = _READ * len(self.read) + _RETURNED * returned
+
+
+def compare(exact: Sequential, schedule: Schedule) -> Comparison:
+    """Count a backward pass as it is and with a schedule, and predict the times.
 
     They are those at the end of the range of the sizes that were traced.
     """
-    backward = [n for n in graph.nodes if n.meta.get("partitioner_tag") == "is_backward"]
+    graph = exact.graph
     device = next(n.meta["val"].device for n in schedule.replaced)
     replaced = set(schedule.replaced)
     live = _live(graph, schedule)
-    exact = work_of(backward)
     rest = work_of(
-        [n for n in backward if n in live],
+        [n for n in exact.nodes if n in live],
         lambda n: bool(parts := concatenated(n)) and all(_is_view_of_any(p, replaced) for p in parts),
     )
     own = list(schedule.graph_module.graph.nodes)
@@ -131,19 +170,18 @@ def compare(graph: Graph, schedule: Schedule) -> Comparison:
     unstacked = unstacked_products(own, lambda n: outer.get(n, n))
     if _bytes_of(unstacked) > _NEAR:
         unstacked = {}  # counted as if they were copied: what is read from memory comes as slowly, at times
-    iterated = rest + work_of(own, lambda n: n in unstacked or is_slice(n))
-    read, returned = _boundary(graph, set(backward))
-    calls = _READ * len(read) + _RETURNED * returned
+    added = work_of(own, lambda n: n in unstacked or is_slice(n))
+    calls = exact.calls
     made = [n for n in own if n not in unstacked and not is_slice(n)]
     copied = {views_of(outer[p])[0] for n in made for p in concatenated(n) if p in outer}
-    kept = {n for n in read.intersection(schedule.inputs) if views_of(n)[0].op != "placeholder"}
+    kept = {n for n in exact.read.intersection(schedule.inputs) if views_of(n)[0].op != "placeholder"}
     more = calls + _COPIED * sum(n.op == "placeholder" for n in copied) + (_KEPT - _READ) * len(kept)
     more += sum(_UNSTACKED + _MATRIX * len(rows) for p in unstacked.values() for rows in p.values())
     open_sizes = OpenSizes([n.meta.get("val") for n in graph.nodes if n.op == "placeholder"])
-    found = Comparison(exact, iterated, 0.0, 0.0, device, (calls, more), open_sizes)
+    found = Comparison(exact.work, rest + added, 0.0, 0.0, device, (calls, more), added, open_sizes)
     if found.is_open:
         return found.at(open_sizes.ends_of(open_sizes.traced))
-    seconds = seconds_of(exact, device, calls), seconds_of(iterated, device, more)
+    seconds = seconds_of(found.exact, device, calls), seconds_of(found.iterated, device, more)
     return replace(found, exact_seconds=seconds[0], iterated_seconds=seconds[1])
 
 

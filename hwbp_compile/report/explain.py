@@ -15,7 +15,7 @@ from ..chain import Chain, Refusal
 from ..options import Options, parse_options
 from ..passes.linear import linear_part
 from ..passes.pipeline import Outcome, Record, prepare, rewrite
-from ..passes.worth import Comparison
+from ..passes.worth import Comparison, by_size
 from ..recurrent.capture import Layer
 from ..recurrent.packed import REASON
 from ..verdict import is_about_cost
@@ -181,7 +181,12 @@ class _Analysis:
         return cls(before, after, record, options, names, graph, numbered)
 
     def chains(self, cut: bool) -> list[ChainReport]:
-        return [_chain_report(o, self.options, self.names, self.graph, cut) for o in self.outcomes.values()]
+        outcomes = list(self.outcomes.values())
+        comparisons = [o.comparison for o in outcomes]
+        return [
+            _chain_report(o, self.options, self.names, self.graph, cut, tuple(_sizes(comparisons, i)))
+            for i, o in enumerate(outcomes)
+        ]
 
     def report(self, graph_break: str, calls: int) -> GraphReport:
         return GraphReport(
@@ -209,7 +214,14 @@ def _depth(graph: Graph) -> int:
     return max(linear_part(graph).depth.values(), default=0)
 
 
-def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, cut: bool) -> ChainReport:
+def _chain_report(
+    outcome: Outcome,
+    options: Options,
+    names: Names,
+    graph: int,
+    cut: bool,
+    sizes: tuple[SizesReport, ...],
+) -> ChainReport:
     found = outcome.found
     blocks = found.blocks
     applied = outcome.schedule is not None
@@ -232,12 +244,12 @@ def _chain_report(outcome: Outcome, options: Options, names: Names, graph: int, 
         notes=tuple(_chain_notes(len(blocks), options)) if applied else (),
         graph=graph,
         costs=None if outcome.comparison is None else _costs(outcome.comparison),
-        sizes=() if outcome.comparison is None else tuple(_sizes(outcome.comparison)),
+        sizes=sizes,
     )
 
 
-def _sizes(comparison: Comparison) -> Iterator[SizesReport]:
-    for symbol, rows in groupby(comparison.by_size(), key=lambda row: row[0]):
+def _sizes(comparisons: Sequence[Comparison | None], chain: int) -> Iterator[SizesReport]:
+    for symbol, rows in groupby(by_size(comparisons, chain), key=lambda row: row[0]):
         yield SizesReport(symbol, tuple((size, applied) for _, size, applied in rows))
 
 
