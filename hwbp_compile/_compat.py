@@ -92,15 +92,27 @@ def trace_shapes(
 
 
 def _without_sizes(graph: fx.Graph) -> None:
-    """Symbolic sizes are numbers, as known ones are: graphs differ in what they compute only."""
+    """Symbolic sizes are numbers where shapes are meant, as known ones are: graphs differ in what they do.
+
+    What computes with a size stays a node, as a graph for other sizes has another number there.
+    """
 
     def number(x: fx.Node) -> Any:
         value = x.meta.get("val")
-        return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else x
+        return value if isinstance(value, torch.SymInt) else x
 
     for node in graph.nodes:
-        if node.op == "call_function":
-            node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), number)
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or str(node.target).startswith("aten.sym_"):
+            continue
+        kinds = {i: str(a.type) for i, a in enumerate(schema.arguments)}
+        kinds |= {a.name: str(a.type) for a in schema.arguments}
+        node.args = tuple(
+            fx.map_arg(a, number) if "int" in kinds[i].lower() else a for i, a in enumerate(node.args)
+        )
+        node.kwargs = {
+            k: fx.map_arg(a, number) if "int" in kinds[k].lower() else a for k, a in node.kwargs.items()
+        }
 
 
 def _without_copies(graph: fx.Graph) -> None:

@@ -24,7 +24,7 @@ def why_exact(exact: float, iterated: float, most: float, where: str = "") -> st
         return ""
     share = iterated / max(exact, 1e-9)
     return (
-        f"the iteration is expected to take {share:.2f} times as long as exact backpropagation{where}, about "
+        f"the iteration is expected to take {share:.3g} times as long as exact backpropagation{where}, about "
         f"{iterated * 1e3:.3g} ms against {exact * 1e3:.3g} ms, and {most:g} is the most that is worth it; "
         + _REMEDY
     )

@@ -203,12 +203,14 @@ def test_many_choices_do_not_make_many_programs() -> None:
     found = choices.Choices(gm, [], mock.MagicMock())
     options = Options(iterations=1)
     wanted = [Choice((), tuple(bool(i >> bit & 1) for bit in range(4))) for i in range(16)]
-    made = [found._within_limit(options, w) for w in wanted]
+    made = [found._within_limit(options, w, lambda _: True) for w in wanted]
     assert made[:4] == wanted[:4]
     assert len({c for c in made if any(c.over_depth)}) == choices.MOST
     assert all(b or not a for c, w in zip(made, wanted, strict=True) for a, b in zip(c[1], w[1], strict=True))
     assert made[-1] == wanted[3], "the one that iterates most"
-    assert found._within_limit(options, wanted[8]) == wanted[0]
+    assert found._within_limit(options, wanted[8], lambda _: True) == wanted[0]
+    # Of several chains each may be worth it with the others only.
+    assert not any(found._within_limit(options, wanted[8], lambda _: False).over_depth)
 
 
 def test_a_change_of_k(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,31 +309,33 @@ def test_lengths_and_batches_that_change(name: str, iterations: int | str, group
         assert made == ([1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0])
 
 
-@pytest.mark.parametrize("of", ["batch", "length"])
-def test_sizes_that_a_cell_reads(of: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Dynamo hands symbolic ones to the cell. One that is no size of a step leaves it exact."""
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("of", ["batch", "batch, to compute with", "length"])
+def test_sizes_that_a_cell_reads(of: str, dynamic: bool | None, caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo hands symbolic ones to the cell. It is exact if it computes with one."""
     w = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, over_time: Any = scan) -> Tensor:
-        number = x.shape[1 if of == "batch" else 0]
+        number = x.shape[0 if of == "length" else 1]
 
         def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            more = torch.ones(number, 5, dtype=x.dtype) if of == "batch" else 1 / number
+            more = torch.ones(number, 5, dtype=x.dtype) if of == "batch" else torch.sin(h) / number
             h = 0.5 * h + torch.tanh((h + x) @ w + more)
             return h, h.clone()
 
         return over_time(step, x.new_zeros(x.shape[1], 5), x)[1].sin().sum()
 
     options = {"iterations": 9, "apply": "always", "group_size": 1, "codegen": "eager"}
-    compiled = torch.compile(run, backend="highway", options=options, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, backend="highway", options=options, fullgraph=True, dynamic=dynamic)
     with caplog.at_level(logging.INFO, "hwbp_compile"):
-        for steps, batch in ((6, 3), (9, 4)):
+        for steps, batch in ((6, 3), (9, 4), (8, 5)):
             x = torch.randn(steps, batch, 5, dtype=torch.float64)
             (expected,) = torch.autograd.grad(run(x, loop), [w])
             (found,) = torch.autograd.grad(compiled(x), [w])
             assert relative_error([found], [expected]) <= TOLERANCE
-    assert ("parallel: scan" in caplog.text) == (of == "batch")
-    assert ("no size of one" in caplog.text) == (of == "length")
+    if dynamic:
+        assert ("parallel: scan" in caplog.text) == (of == "batch")
+        assert ("no size of one" in caplog.text) == (of == "length")
 
 
 @pytest.mark.parametrize("apply", ["never", "always"])

@@ -203,6 +203,7 @@ def test_left_out() -> None:
     assert not again.stacks
     assert again.left_out["h.0.norm.weight"] == "belongs to a module with parameters in stacks"
     unstack_parameters(model)
+    assert list(model.state_dict()) == names
     assert_equal(trained(model, x), expected)
     recurrent = stack_parameters(nn.Sequential(nn.GRU(2, 2), nn.GRU(2, 2)))
     assert set(recurrent.left_out.values()) == {"belongs to a GRU"}
@@ -240,6 +241,8 @@ def test_what_is_refused() -> None:
     model = Mlp()
     with pytest.raises(ValueError, match="call the model once before"):
         stack_parameters(nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match="call the model once before"):
+        stack_parameters(nn.Sequential(*(nn.LazyBatchNorm1d(affine=False) for _ in range(2))))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     stack_parameters(model)
     for value in (nn.Parameter(torch.zeros(16, 8)), None):

@@ -96,7 +96,12 @@ class Choices:
         self._note(judged, layers, comparisons)
         there = [c and c.at(sizes) for c in comparisons]
         over_depth = tuple(bool(c) and not why for c, why in zip(there, verdicts(there), strict=True))
-        choice = self._within_limit(judged, Choice(_iterated(layers), over_depth))
+
+        def is_worth_it(choice: Choice) -> bool:
+            chosen = [c if on else None for c, on in zip(there, choice.over_depth, strict=True)]
+            return not any(verdicts(chosen))
+
+        choice = self._within_limit(judged, Choice(_iterated(layers), over_depth), is_worth_it)
         if self._said not in (None, choice):
             chains = [*choice.over_time, *choice.over_depth]
             count = f"{sum(chains)} of {len(chains)}"
@@ -104,7 +109,7 @@ class Choices:
         self._said = choice
         return choice
 
-    def _within_limit(self, judged: Options, wanted: Choice) -> Choice:
+    def _within_limit(self, judged: Options, wanted: Choice, is_worth_it: Callable[[Choice], bool]) -> Choice:
         """A choice that was made before if there are many: one that iterates nothing that is not wanted."""
         used = self._used[judged]
         if not _any(wanted) or wanted in used:
@@ -113,7 +118,9 @@ class Choices:
             used.append(wanted)
             return wanted
         exact = Choice(*(tuple(False for _ in chains) for chains in wanted))
-        fitting = [c for c in used if c.over_time == wanted.over_time and _within(c, wanted)]
+        fitting = [
+            c for c in used if c.over_time == wanted.over_time and _within(c, wanted) and is_worth_it(c)
+        ]
         return max(fitting, key=lambda c: sum(c.over_depth), default=exact)
 
     def _compare(self, judged: Options, over_time: tuple[bool, ...]) -> Comparisons:

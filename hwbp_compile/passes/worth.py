@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -105,7 +106,7 @@ class Comparison:
 def verdicts(comparisons: Sequence[Comparison | None]) -> list[str]:
     """Why each chain of one backward pass is left exact; empty for those that are iterated.
 
-    What several chains gain together may be enough where none of them does alone.
+    A chain that is not worth it alone is iterated if it contributes, and all of these are worth it together.
     """
     reasons = ["" if c is None else c.reason for c in comparisons]
     known = [(i, c) for i, c in enumerate(comparisons) if c is not None and (not reasons[i] or c.contributes)]
@@ -118,22 +119,22 @@ def verdicts(comparisons: Sequence[Comparison | None]) -> list[str]:
     return reasons
 
 
-def by_size(comparisons: Sequence[Comparison | None], chain: int) -> Iterator[tuple[str, int, bool]]:
-    """For each symbol, ends of ranges around its value, and whether the chain is worth iterating there.
+def by_size(comparisons: Sequence[Comparison | None]) -> Iterator[tuple[str, int, list[bool]]]:
+    """For each symbol, ends of ranges around its value, and which chains are worth iterating there.
 
     The other symbols keep their values.
     """
-    comparison = comparisons[chain]
-    if comparison is None or not comparison.is_open:
+    first = next((c for c in comparisons if c is not None and c.is_open), None)
+    if first is None:
         return
-    for symbol in comparison.open_sizes.symbols:
+    for symbol in first.open_sizes.symbols:
         low = max(symbol.low, symbol.value // _AROUND, 1)
         high = min(symbol.high, symbol.value * _AROUND)
         for exponent in range((low - 1).bit_length(), high.bit_length()):
             size = 1 << exponent
-            others = dict(comparison.sizes) | {symbol.expression: size}
+            others = dict(first.sizes) | {symbol.expression: size}
             reasons = verdicts([c and c.at(others) for c in comparisons])
-            yield str(symbol.expression), size, not reasons[chain]
+            yield str(symbol.expression), size, [not reason for reason in reasons]
 
 
 class Sequential:
@@ -231,7 +232,7 @@ def seconds_of(work: Work, device: torch.device, calls: float) -> float:
             size = min(max(_power(moved.value), _SMALLEST), _LARGEST)
             total += moved.value / bandwidth(device, threads, size, fresh=False)
         for product in work.products:
-            side = _power((product.flops.value / 2) ** (1 / 3))
+            side = _power(round((product.flops.value / 2) ** (1 / 3)))
             batch, rows, inner, columns = [n.value for n in product.sizes] or (1, side, side, side)
             if product.flops.value:
                 # Not of other operators, whose tensors nobody knows.
@@ -243,4 +244,4 @@ def seconds_of(work: Work, device: torch.device, calls: float) -> float:
 
 def _power(value: float) -> int:
     """The power of two from 2 on that is no smaller, so that few things are measured."""
-    return 1 << max(round(value - 1).bit_length(), 1)
+    return 1 << max((math.ceil(value) - 1).bit_length(), 1)

@@ -224,7 +224,7 @@ def _settle_scan(module: GraphModule, node: Node, options: Options, sizes: Sizes
             if scan.why_no_kernel:
                 note = f"its steps run in a loop of torch's operators: {scan.why_no_kernel}"
             reason = reason or _no_path(residual, options, "a step of the cell hands its state on")
-            reason = reason or scan.why_not_parallel
+            reason = reason or scan.why_not_parallel()
             x, carry, weights = (_values(nodes) for nodes in (scan.inputs, scan.init, scan.weights))
             by_cost = not reason and options.apply == "auto"
             reason = reason or _too_slow(scan.cell, x, carry, weights, options, sizes)

@@ -82,7 +82,7 @@ class Recurrence(torch.autograd.Function):
             except CannotRewrite as refusal:
                 if ctx.settings.iterations == EXACT:
                     raise
-                # None is known of; it would be no reason to fail.
+                # No cell is known for which this happens; if one comes, it is no reason to fail.
                 log.info("A recurrence is left exact: %s", refusal)
                 found = backward(Settings(EXACT))
         return None, None, None, *found.inputs, *found.carry, *found.weights

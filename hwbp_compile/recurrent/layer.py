@@ -136,7 +136,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             if ctx.settings.iterations != EXACT:
                 return found.inputs[0], found.carry, found.weights, *constants
         except CannotRewrite as refusal:
-            # None is known of; it would be no reason to fail.
+            # No cell is known for which this happens; if one comes, it is no reason to fail.
             log.info("The library's backward pass is used for a recurrent layer: %s", refusal)
     return *library_backward(x, carry, weights, ctx.kind, grads), *constants
 

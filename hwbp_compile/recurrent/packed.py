@@ -10,8 +10,8 @@ from contextvars import ContextVar
 log = logging.getLogger(__name__)
 
 REASON = (
-    "a packed sequence runs as it is, with its exact gradient; pad the sequences, and mask the loss, to have "
-    "the recurrent module take part"
+    "what is given a packed sequence runs as it is, with its exact gradient; pad the sequences, and mask the "
+    "loss, to have a recurrent module take part"
 )
 
 _seen: ContextVar[list[str] | None] = ContextVar("packed_sequences", default=None)
@@ -19,7 +19,7 @@ _seen: ContextVar[list[str] | None] = ContextVar("packed_sequences", default=Non
 
 def saw_packed_sequence() -> None:
     """Dynamo came across one while it traced for this backend."""
-    log.info("Recurrent module outside of the graph: %s", REASON)
+    log.info("A packed sequence: %s", REASON)
     seen = _seen.get()
     if seen is not None:
         seen.append(REASON)

@@ -59,18 +59,20 @@ def make_ready(owner: GraphModule, node: Node) -> None:
     """
     _compat.let_scans_compile()
     init: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-    trained = next((x for x in node.all_input_nodes if _requires_grad(x)), None)
+    trained = [x for x in node.all_input_nodes if _requires_grad(x)] if torch.is_grad_enabled() else []
     with node.graph.inserting_before(node):
+        if trained and _compat.SCANS_NEED_TRAINED_STATES:
+            # The sum of no elements: zero, whatever they are, and yet computed from them.
+            smallest = min(trained, key=lambda x: _compat.size_hint(_value(x).numel()))
+            flat = node.graph.call_method("flatten", (smallest,))
+            zero = node.graph.call_method("sum", (_item(node.graph, flat, slice(0)),))
         for i, x in enumerate(init):
             if not isinstance(x, Node):
                 continue
             init[i] = node.graph.call_method("clone", (x,))
             init[i].meta.update(x.meta)
-            if _compat.SCANS_NEED_TRAINED_STATES and trained is not None and not _requires_grad(x):
-                # The sum of no elements: zero, whatever they are, and yet computed from them.
-                nothing = _item(node.graph, node.graph.call_method("flatten", (trained,)), slice(0))
-                zero = node.graph.call_method("to", (node.graph.call_method("sum", (nothing,)), x))
-                init[i] = node.graph.call_method("add", (init[i], zero))
+            if trained and _compat.SCANS_NEED_TRAINED_STATES and not _requires_grad(x):
+                init[i] = node.graph.call_method("add", (init[i], node.graph.call_method("to", (zero, x))))
     node.update_arg(1, init)
     body = _body(owner, node)
     output = next(n for n in body.graph.nodes if n.op == "output")
@@ -124,7 +126,7 @@ class Scan:
             if self.why_no_kernel:
                 log.info("The steps of a scan run in a loop of torch's operators: %s", self.why_no_kernel)
             self.residual = cell.split.kind
-            self.why_not_parallel = why_not_parallel(self.cell, cell, first, carry, weights)
+            self._step = cell, first, carry, weights
             if self._computed:
                 states = [x.unsqueeze(0).expand(over_time[0].shape[0], *x.shape) for x in carry]
                 try:
@@ -134,6 +136,12 @@ class Scan:
                         "what the cell returns besides its state cannot be computed for all steps at once"
                     )
                     raise CannotRewrite(reason) from error
+
+    def why_not_parallel(self) -> str:
+        """Why its backward pass cannot be done in parallel; empty if it can."""
+        cell, first, carry, weights = self._step
+        with _compat.fake_mode_of([*carry, *first, *weights]):
+            return why_not_parallel(self.cell, cell, first, carry, weights)
 
     def _split_outputs(self) -> None:
         """Tell outputs that are a state from such as have to be computed."""

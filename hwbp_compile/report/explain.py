@@ -39,7 +39,8 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
 
     That is: which chains of blocks it finds, what their residual path is, and what is rewritten or why not.
 
-    The call is made once, op by op, as the model stands: a model in evaluation mode is explained in
+    The call is made op by op, as the model stands, and with ``iterations="auto"`` once more if several
+    iterations are not worth it but a single one may be. A model in evaluation mode is explained in
     evaluation mode, and under ``torch.no_grad()`` there is no backward pass to explain. Buffers, gradients,
     random states, arguments and caches are afterwards what they were before. Give it a model or a function
     that computes a loss, not a whole training step: an optimiser's step would be done.
@@ -65,7 +66,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     found = _explained(model, compiled, args, kwargs, most)
     note = f'iterations="auto" chooses k while training; this is k = {most.iterations}'
     if not any(c.applied for c in found.chains):
-        if not any(is_about_cost(c.reason) for c in found.chains):
+        if most.iterations == 1 or not any(is_about_cost(c.reason) for c in found.chains):
             return found
         # A step is watched, and k chosen, where a single iteration would be worth it.
         first = replace(most, iterations=1)
@@ -107,10 +108,10 @@ def _recurrent_notes(model: Any, captured: Capture, names: Names) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.RNNBase) and name not in found
     ]
-    why = (
-        REASON if captured.packed else "the graph breaks there, or it does not run, so its gradient is exact"
-    )
-    return [f"{name or 'the recurrent module'} is in no graph: {why}" for name in missing]
+    why = [REASON] if captured.packed else []
+    if not captured.packed or len(missing) > 1:
+        why.append("the graph breaks there, or it does not run, so its gradient is exact")
+    return [f"{name or 'the recurrent module'} is in no graph: {'; or '.join(why)}" for name in missing]
 
 
 def _has_compiled_parts(model: Any) -> bool:
@@ -182,9 +183,9 @@ class _Analysis:
 
     def chains(self, cut: bool) -> list[ChainReport]:
         outcomes = list(self.outcomes.values())
-        comparisons = [o.comparison for o in outcomes]
+        table = list(by_size([o.comparison for o in outcomes]))
         return [
-            _chain_report(o, self.options, self.names, self.graph, cut, tuple(_sizes(comparisons, i)))
+            _chain_report(o, self.options, self.names, self.graph, cut, tuple(_sizes(o, table, i)))
             for i, o in enumerate(outcomes)
         ]
 
@@ -241,16 +242,25 @@ def _chain_report(
         reason=_reason(outcome, cut),
         iterations=iterations,
         new_nodes=len(outcome.new),
-        notes=tuple(_chain_notes(len(blocks), options)) if applied else (),
+        notes=(*_chain_notes(len(blocks), options), *_judged_with_others(outcome)) if applied else (),
         graph=graph,
         costs=None if outcome.comparison is None else _costs(outcome.comparison),
         sizes=sizes,
     )
 
 
-def _sizes(comparisons: Sequence[Comparison | None], chain: int) -> Iterator[SizesReport]:
-    for symbol, rows in groupby(by_size(comparisons, chain), key=lambda row: row[0]):
-        yield SizesReport(symbol, tuple((size, applied) for _, size, applied in rows))
+def _judged_with_others(outcome: Outcome) -> list[str]:
+    alone = "" if outcome.comparison is None else outcome.comparison.reason
+    return ["not worth it alone, but together with other chains"] if alone else []
+
+
+def _sizes(
+    outcome: Outcome, table: Sequence[tuple[str, int, list[bool]]], chain: int
+) -> Iterator[SizesReport]:
+    if outcome.comparison is None or not outcome.comparison.is_open:
+        return
+    for symbol, rows in groupby(table, key=lambda row: row[0]):
+        yield SizesReport(symbol, tuple((size, applied[chain]) for _, size, applied in rows))
 
 
 def _costs(comparison: Comparison) -> tuple[CostReport, CostReport]:

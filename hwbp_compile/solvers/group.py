@@ -116,7 +116,8 @@ class GroupedSystem:
 
 def _with_rows(old: Tensor, new: Tensor) -> Tensor:
     """``old`` with its first rows from ``new``."""
-    return old.slice_scatter(new, 0, 0, new.shape[0])
+    dtype = torch.result_type(old, new)
+    return old.to(dtype).slice_scatter(new.to(dtype), 0, 0, new.shape[0])
 
 
 def _add(a: Partial, b: Partial) -> Partial:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_HOLDER, _ROW, _STACKS = "_stack_holder", "_stack_row_", "_stack_names"
+_HOLDER, _ROW, _STACKS, _ORDER = "_stack_holder", "_stack_row_", "_stack_names", "_stack_order"
 
 
 class Place(NamedTuple):
@@ -44,6 +44,9 @@ def stacks_of(module: nn.Module) -> tuple[str, ...]:
 def place(module: nn.Module, places: dict[str, Place]) -> None:
     """Let these parameters of a module, by name, be there, all of them in the same model."""
     (model,) = {at.model for at in places.values()}
+    module.__dict__[_ORDER] = tuple(module._parameters)
+    for name in places:
+        del module._parameters[name]
     module.__dict__ |= {_HOLDER: (model,)} | {_ROW + name: at.row for name, at in places.items()}
     rows = tuple((name, at.stack) for name, at in places.items())
     module.__class__ = _member_class(former_class(module), rows)
@@ -57,12 +60,14 @@ def hold(model: nn.Module, stacks: Sequence[str]) -> None:
     model.__class__ = _member_class(former_class(model), rows)
 
 
-def release(module: nn.Module) -> None:
-    """Give a module its former class back."""
+def release(module: nn.Module) -> tuple[str, ...]:
+    """Give a module its former class back, and return the names of its parameters in their former order."""
+    order: tuple[str, ...] = module.__dict__.pop(_ORDER, ())
     rows = [_ROW + name for name in places_of(module)]
     module.__class__ = former_class(module)
     for name in (_HOLDER, _STACKS, *rows):
         module.__dict__.pop(name, None)
+    return order
 
 
 def former_class(module: nn.Module) -> type[nn.Module]:

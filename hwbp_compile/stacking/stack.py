@@ -67,7 +67,7 @@ def stack_parameters(model: nn.Module) -> Stacking:
             stacked; or some are not initialized yet.
     """
     model = _original(model)
-    if any(is_lazy(p) for p in model.parameters()):
+    if any(is_lazy(x) for x in (*model.parameters(), *model.buffers())):
         raise ValueError(
             "stack_parameters needs parameters that are initialized: call the model once before."
         )
@@ -87,10 +87,7 @@ def stack_parameters(model: nn.Module) -> Stacking:
             placed.setdefault(owner, {})[short] = Place(model, name, row)
         done.stacks[name] = tuple(column)
     for path, places in placed.items():
-        module = model.get_submodule(path)
-        for short in places:
-            del module._parameters[short]
-        place(module, places)
+        place(model.get_submodule(path), places)
     if done.stacks:
         hold(model, (*stacks_of(model), *done.stacks))
     return done
@@ -112,13 +109,15 @@ def unstack_parameters(model: nn.Module) -> None:
         )
     _refuse_users([_stack(at) for at in stacks.values()], "unstack_parameters")
     for module, places in members:
-        release(module)
+        order = release(module)
         for short, at in places.items():
             stack = _stack(at)
             own = nn.Parameter(stack.detach()[at.row].clone(), requires_grad=stack.requires_grad)
             if stack.grad is not None:
                 own.grad = stack.grad[at.row].clone()
             module.register_parameter(short, own)
+        for short in order:
+            module._parameters[short] = module._parameters.pop(short)
     for at in stacks.values():
         at.model._parameters.pop(at.stack)
         release(at.model)
@@ -235,16 +234,26 @@ def _refuse_users(parameters: Sequence[Tensor], function: str) -> None:
     Nor would the gradients of what is new be averaged over devices.
     """
     ids = {id(p) for p in parameters}
+    if _user_of(ids):
+        gc.collect()  # it may have been deleted
+    if user := _user_of(ids):
+        kind, what = user
+        raise ValueError(
+            f"A {kind.__name__} {what} has parameters that {function} would replace; "
+            f"delete it, and make the {what} afterwards."
+        )
+
+
+def _user_of(ids: set[int]) -> tuple[type, str] | None:
+    """The class of an object that has some of these parameters, and what it is."""
     for each in gc.get_objects():
         kind = type(each)
         if issubclass(kind, torch.optim.Optimizer):
             found, what = (p for group in each.param_groups for p in group["params"]), "optimizer"
-        elif issubclass(kind, nn.parallel.DistributedDataParallel):
+        elif issubclass(kind, nn.parallel.DistributedDataParallel) and "_modules" in each.__dict__:
             found, what = iter(each.parameters()), "module"
         else:
             continue
         if any(id(p) in ids for p in found):
-            raise ValueError(
-                f"A {kind.__name__} {what} has parameters that {function} would replace; "
-                f"delete it, and make the {what} afterwards."
-            )
+            return kind, what
+    return None
