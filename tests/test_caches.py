@@ -124,6 +124,7 @@ def test_results_that_are_views_say_nothing() -> None:
     assert (program.records, program.is_sure) == (True, False)
 
 
+@pytest.mark.slow
 def test_the_graph_that_an_input_comes_from_says_nothing() -> None:
     """It may be returned as it is; its own backward pass is another one's."""
     m = model()

@@ -123,6 +123,7 @@ def test_the_function_in_a_checkpoint_asks_for_a_gradient_itself() -> None:
     assert relative_error(grads_of(m, loss), expected) <= 1e-12
 
 
+@pytest.mark.slow
 def test_code_that_is_compiled_again_in_between() -> None:
     """For other sizes, for which the older ones are run again, with the settings that they had."""
     m, x, more = settled(), rows(), torch.randn(7, 4, dtype=torch.float64)

@@ -59,7 +59,9 @@ def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) ->
 
 @pytest.mark.parametrize(
     "family",
-    some_slow(FAMILIES, LARGE | {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches"}),
+    some_slow(
+        FAMILIES, LARGE | {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches", "mixer"}
+    ),
 )
 @given(size=sizes, seed=st.integers(0, 2**31), more=st.integers(1, 3))
 def test_reference_at_few_iterations(family: str, size: Size, seed: int, more: int) -> None:

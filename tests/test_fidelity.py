@@ -90,6 +90,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert hwbp_compile.monitor(m).history[-1].iterations == 3
 
 
+@pytest.mark.slow
 def test_gradients_of_generated_code() -> None:
     """With the same random numbers, and it is generated code that is looked at."""
     m = Noisy().double()

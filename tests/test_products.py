@@ -321,9 +321,10 @@ def test_in_generated_code() -> None:
 
 @pytest.mark.parametrize(
     "hooks",
-    [None, pytest.param((lambda t: t.detach() * 2, lambda t: t * 0.5), marks=pytest.mark.slow)],
+    [None, (lambda t: t.detach() * 2, lambda t: t * 0.5)],
     ids=["as saved", "computed again"],
 )
+@pytest.mark.slow
 def test_a_backward_pass_that_is_compiled_again(hooks: Any) -> None:
     """Inductor knows how long the matrices are read, also where it has computed them itself."""
     torch.manual_seed(0)

@@ -267,8 +267,15 @@ def variants() -> list[Any]:
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
     every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
     in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection", "layers"}}
+    most = "layers, bidirectional, batch first"
     return [
-        pytest.param(*each, given, marks=() if each[1] in in_ci[given] else pytest.mark.slow)
+        pytest.param(
+            *each,
+            given,
+            marks=()
+            if each[1] in in_ci[given] and (each[1] != most or each[0] == "gru")
+            else pytest.mark.slow,
+        )
         for each in every
         for given in (False, True)
     ]
@@ -427,7 +434,7 @@ def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bia
     assert relative_error(found, torch_gradients(module, x, carry, cotangents)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm", "rnn_relu"])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm", "rnn_relu"], {"gru"}))
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_library_trains(kind: str, copied: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +485,7 @@ def test_where_there_are_no_kernels(kind: str, iterations: int, monkeypatch: pyt
     assert relative_error(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 def test_unbatched_input(kind: str) -> None:
     model = Model(layer(kind, 3, 5, bidirectional=True))
     x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
@@ -653,7 +660,7 @@ def test_other_backends_are_as_before() -> None:
     assert not torch._dynamo.config.allow_rnn
 
 
-@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("group_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 def test_lengths_and_batches_that_change(kind: str, group_size: int) -> None:
     """One program for all lengths; of groups, whether the last is a short one does not matter."""
@@ -746,7 +753,8 @@ def test_modules_without_memory(kind: str) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_inductor_in_single_precision(kind: str) -> None:
     module = KINDS[kind](3, 8)
     model = Model(module)

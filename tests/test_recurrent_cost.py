@@ -133,7 +133,7 @@ def test_measurements(key: str) -> None:
     assert predicted(100, 128, 8) == predicted(16, 128, 8)
 
 
-@pytest.mark.parametrize("name", some_slow(CELLS, {"block gru", "s lstm"}))
+@pytest.mark.parametrize("name", some_slow(CELLS, set(CELLS) - {"layer norm gru"}))
 def test_scans_are_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no failure is taken for a reason to leave them exact."""
     model = Model(CELLS[name])

@@ -113,7 +113,7 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("name", some_slow(CELLS, {"block gru"}))
+@pytest.mark.parametrize("name", some_slow(CELLS, {"block gru", "s lstm", "highway network"}))
 def test_cells(name: str) -> None:
     model = Model(CELLS[name], every_step=bool(torch.randint(2, ())))
     inputs = data(model.cell, 8, 3)
@@ -158,7 +158,7 @@ def test_cells_at_random(
     assert relative_error(found, reference(model, inputs, Settings(iterations, **splits))) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", some_slow(CELLS, {"s lstm", "block gru"}))
 def test_an_approximation_is_one(name: str) -> None:
     """So that what is exact above is not so because nothing was rewritten; explain says the same."""
     model = Model(CELLS[name])
@@ -279,7 +279,7 @@ def test_outputs_that_are_written_to() -> None:
 @pytest.mark.parametrize(
     ("name", "iterations", "group_size"),
     [
-        ("layer norm gru", "exact", 1),
+        pytest.param("layer norm gru", "exact", 1, marks=pytest.mark.slow),
         ("layer norm gru", 1, 3),
         pytest.param("s lstm", 1, 1, marks=pytest.mark.slow),
         pytest.param("block gru", 1, 1, marks=pytest.mark.slow),

@@ -159,6 +159,7 @@ def test_interpreted(names: list[str]) -> None:
     run(INTERPRETED, *names, interpret=True)
 
 
+@pytest.mark.slow
 def test_from_forward_to_backward() -> None:
     """Also of cells that no kernel may be made for."""
     run(CHAINED, interpret=True)
