@@ -156,6 +156,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--codegen", choices=("inductor", "eager"), help="default: inductor, if there is a C++ compiler"
     )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        metavar="FOLDER",
+        help="for tables and plot (default: demo_output)",
+    )
     arguments = parser.parse_args()
     arguments.iterations = arguments.iterations or ([2] if arguments.quick else [1, 2, 4])
     return arguments
@@ -178,11 +185,12 @@ def main() -> None:
         results[task.title], section = compare(task, arguments.iterations, codegen)
         sections.append(section)
 
-    OUTPUT.mkdir(exist_ok=True)
-    (OUTPUT / "results.md").write_text("\n".join([*sections, LEGEND, ""]))
-    draw(results, OUTPUT / "demo.png")
+    folder: Path = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text("\n".join([*sections, LEGEND, ""]))
+    draw(results, folder / "demo.png")
     seconds = time.perf_counter() - start
-    print(f"\n{LEGEND}\n\n{seconds:.0f} s in all. Tables: {OUTPUT}/results.md, plot: {OUTPUT}/demo.png")
+    print(f"\n{LEGEND}\n\n{seconds:.0f} s in all. Tables: {folder}/results.md, plot: {folder}/demo.png")
 
 
 if __name__ == "__main__":

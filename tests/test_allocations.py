@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hwbp_compile.recurrent import layer as layers
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from allocations import Part, allocated, memory_of
@@ -91,3 +93,20 @@ def test_memory_of_a_step_by_hand(layers: int) -> None:
         # the loss: far less than in the last layer's, where all inputs are.
         assert memory.peak >= memory.kept + state
         assert memory.peak <= memory.kept + 2 * state + 2 * weight + 64
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_layers_take_no_more_than_those_of_torch(
+    kind: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are exact, by our kernels."""
+    monkeypatch.setattr(layers, "kernels_are_faster", lambda *_, **__: True)
+    module, x = kind(3, 32), torch.randn(200, 8, 3)
+    options = {"iterations": "exact", "codegen": "eager"}
+    compiled = torch.compile(module, backend="highway", options=options, fullgraph=True)
+    direction = torch.randn(200, 8, 32)
+    steps = [Step(module, forward, x, direction) for forward in (module, compiled)]
+    for step in steps:
+        step()
+    library, ours = (memory_of(step).peak for step in steps)
+    assert ours <= library
