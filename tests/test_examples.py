@@ -19,5 +19,5 @@ def test_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     written = (tmp_path / "results" / "results.md").read_text()
     rows = {line.split("|")[1].strip() for line in written.splitlines() if line.startswith("|")}
-    assert {"exact, torch", "highway, exact", "k = 2"} <= rows
+    assert {"exact", "highway, exact", "k = 2"} <= rows
     assert (tmp_path / "results" / "demo.png").stat().st_size > 1000
