@@ -99,7 +99,10 @@ def convolutional(depth: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("options", SETTINGS)
-@pytest.mark.parametrize(("large", "iterated", "exact"), [(1 << 12, (3, 1), (3, 2)), (2, (1, 0), (1, 1))])
+@pytest.mark.parametrize(
+    ("large", "iterated", "exact"),
+    [pytest.param(1 << 12, (3, 1), (3, 2), marks=pytest.mark.slow), (2, (1, 0), (1, 1))],
+)
 def test_convolutions_read_copies(
     options: dict[str, Any],
     large: int,

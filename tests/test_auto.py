@@ -355,6 +355,7 @@ def test_it_begins_again_when_a_setting_changes() -> None:
     assert [s.watched for s in hwbp_compile.monitor(m).history] == [False, True]
 
 
+@pytest.mark.slow
 def test_another_split_is_not_judged_by_records_of_the_one_before() -> None:
     m, x = settled(), torch.randn(5, 4, dtype=torch.float64)
     c = compiled(m, apply="always", iterations="auto")

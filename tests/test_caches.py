@@ -136,6 +136,7 @@ def test_the_graph_that_an_input_comes_from_says_nothing() -> None:
     assert (program.records, program.is_sure) == (True, False)
 
 
+@pytest.mark.slow
 def test_a_compiled_backward_pass_says_nothing(programs: list[Program]) -> None:
     """Its hooks are called while it is traced, when nothing has been recorded yet."""
     m, x = model(), torch.randn(5, 4, dtype=torch.float64)

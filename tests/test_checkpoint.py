@@ -40,7 +40,11 @@ def grads_of(m: torch.nn.Module, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("reentrant", "nested"),
-    [(False, False), *(pytest.param(True, n, marks=pytest.mark.slow) for n in (False, True)), (False, True)],
+    [
+        (False, False),
+        *(pytest.param(True, n, marks=pytest.mark.slow) for n in (False, True)),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
     ids=["not reentrant", "reentrant", "reentrant and nested", "nested"],
 )
 def test_k_is_chosen(reentrant: bool, nested: bool) -> None:
@@ -87,7 +91,7 @@ def test_the_same_graph_several_times_a_step(nested: bool) -> None:
     assert relative_error(grads(m, run, x), grads(m, lambda x: m(m(x) @ W), x)) <= 1e-12
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_each_forward_pass_keeps_the_settings_that_it_had(first: int) -> None:
     """Whichever backward pass comes first, and though one of a third never comes."""
     m, x = settled(), rows()

@@ -17,6 +17,8 @@ TOLERANCE = 1e-10
 
 LARGE = {"resnet"}
 """Left to the slow tests; there is a smaller one of the same kind."""
+LONG = {"mixer", "pre_ln_transformer", "two_towers", "two_towers_sum", "parallel_branches", "layer_scale"}
+"""Those that take longest to compile of the others, but for one of several chains."""
 SEVERAL = {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches"}
 """Those of several chains, which take long."""
 SPLIT_IN_CI = {"residual_mlp", "gated_loop", "lstm_last_step"}
@@ -48,7 +50,7 @@ def check_found(case: Case, records: list) -> None:
         assert any(kind in name for _, name in found), found
 
 
-@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE | LONG))
 @given(size=sizes, seed=st.integers(0, 2**31))
 def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) -> None:
     case = build(family, size, seed)
@@ -59,9 +61,7 @@ def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) ->
 
 @pytest.mark.parametrize(
     "family",
-    some_slow(
-        FAMILIES, LARGE | {"encoder_decoder", "two_towers", "two_towers_sum", "parallel_branches", "mixer"}
-    ),
+    some_slow(FAMILIES, LARGE | LONG | {"encoder_decoder"}),
 )
 @given(size=sizes, seed=st.integers(0, 2**31), more=st.integers(1, 3))
 def test_reference_at_few_iterations(family: str, size: Size, seed: int, more: int) -> None:
@@ -108,7 +108,7 @@ def test_splits(
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-ALONE_IN_CI = {"residual_mlp", "highway_layers"}
+ALONE_IN_CI = {"residual_mlp"}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_numbers_are_those_of_the_gradients() -> None:
     assert last.mean_cosine == pytest.approx(1, abs=1e-9)
     assert report.rows[0].estimates == ()
     assert len(last.estimates) == 1
-    assert report.rows[0].mean_cosine < report.rows[1].mean_cosine < last.mean_cosine
+    assert max(row.mean_cosine for row in report.rows[:2]) < last.mean_cosine
     assert json.loads(json.dumps(report.to_dict()))["splits"] == {"gamma": 0.1}
 
 

@@ -38,7 +38,9 @@ FEW_CLASSES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", some_slow(FEW_CLASSES, {"resnet", "mixer", "gated_loop"}))
+@pytest.mark.parametrize(
+    "family", some_slow(FEW_CLASSES, {"resnet", "mixer", "gated_loop", "preact_resnet", "pre_ln_transformer"})
+)
 def test_as_many_products_whatever_the_depth(family: str) -> None:
     """Also those that are left of the original backward pass."""
     counts = []

@@ -195,7 +195,10 @@ def test_weights_are_read_where_they_are(dynamic: bool) -> None:
     check_exact(model(), X, dynamic=dynamic, apply="always")
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 2}, {"group_size": 4}, {"exact_tail": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"group_size": 2}, marks=pytest.mark.slow), {"group_size": 4}, {"exact_tail": 2}],
+)
 def test_some_of_the_blocks(options: dict[str, Any]) -> None:
     """Groups take every other block's weights, from the first or the second on."""
     graph = graph_of(model(), X, iterations=1, **options)

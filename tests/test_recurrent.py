@@ -267,13 +267,13 @@ def variants() -> list[Any]:
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
     every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
     in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection", "layers"}}
-    most = "layers, bidirectional, batch first"
+    most = {"layers, bidirectional, batch first", "bidirectional", "no bias"}
     return [
         pytest.param(
             *each,
             given,
             marks=()
-            if each[1] in in_ci[given] and (each[1] != most or each[0] == "gru")
+            if each[1] in in_ci[given] and (each[1] not in most or each[0] == "gru")
             else pytest.mark.slow,
         )
         for each in every
@@ -439,7 +439,7 @@ def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bia
 
 
 @pytest.mark.parametrize("kind", some_slow(["gru", "lstm", "rnn_relu"], {"gru"}))
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("copied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_library_trains(kind: str, copied: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its forward runs once for a forward and a backward pass, unless hooks copy what is saved."""
@@ -634,7 +634,7 @@ def test_dynamo_is_reset_with_all_that_it_gave_up() -> None:
         ("gru", "eager", "exact"),
         ("lstm", "eager", 5),
         ("gru", "inductor", 5),
-        ("lstm", "inductor", "exact"),
+        pytest.param("lstm", "inductor", "exact", marks=pytest.mark.slow),
     ],
 )
 def test_results_that_are_written_to(kind: str, codegen: str, iterations: int | str) -> None:

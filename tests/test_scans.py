@@ -309,7 +309,7 @@ def test_lengths_and_batches_that_change(name: str, iterations: int | str, group
         assert made == ([1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 1, 0])
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("of", ["batch", "batch, to compute with", "length"])
 def test_sizes_that_a_cell_reads(of: str, dynamic: bool | None, caplog: pytest.LogCaptureFixture) -> None:
     """Dynamo hands symbolic ones to the cell. It is exact if it computes with one."""

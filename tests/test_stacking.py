@@ -61,7 +61,12 @@ def compiled_with_counts(model: nn.Module, **options: Any) -> tuple[Any, Counter
 
 @pytest.mark.parametrize("make", [Mlp, Transformer])
 @pytest.mark.parametrize(
-    "options", [{"apply": "never"}, {"iterations": 1}, {"iterations": 2, "group_size": 2}]
+    "options",
+    [
+        {"apply": "never"},
+        pytest.param({"iterations": 1}, marks=pytest.mark.slow),
+        {"iterations": 2, "group_size": 2},
+    ],
 )
 def test_gradients(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
     """Those that the model has without stacks, of which no copy is made."""

@@ -82,7 +82,7 @@ def test_cached_code_overwrites_nothing_that_a_second_backward_pass_reads() -> N
         torch.testing.assert_close(p.grad, 2 * e)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_batch_sizes_that_change(dynamic: bool | None) -> None:
     m = model()
     f = compiled(m, dynamic=dynamic)
