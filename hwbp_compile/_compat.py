@@ -102,17 +102,31 @@ def _without_sizes(graph: fx.Graph) -> None:
         return value if isinstance(value, torch.SymInt) else x
 
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or str(node.target).startswith("aten.sym_"):
+        if str(node.target).startswith("aten.sym_"):
             continue
-        kinds = {i: str(a.type) for i, a in enumerate(schema.arguments)}
-        kinds |= {a.name: str(a.type) for a in schema.arguments}
         node.args = tuple(
-            fx.map_arg(a, number) if "int" in kinds[i].lower() else a for i, a in enumerate(node.args)
+            fx.map_arg(a, number) if _is_integer(node, i) else a for i, a in enumerate(node.args)
         )
         node.kwargs = {
-            k: fx.map_arg(a, number) if "int" in kinds[k].lower() else a for k, a in node.kwargs.items()
+            k: fx.map_arg(a, number) if _is_integer(node, k) else a for k, a in node.kwargs.items()
         }
+
+
+def _is_integer(node: fx.Node, argument: int | str) -> bool:
+    """Whether an argument of an operator is an integer or a list of these, by its place or name."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    kinds: dict[int | str, Any] = {i: a.type for i, a in enumerate(schema.arguments)}
+    kinds |= {a.name: a.type for a in schema.arguments}
+    return "int" in str(kinds.get(argument, "")).lower()
+
+
+def arguments_of(node: fx.Node) -> Iterator[tuple[bool, Any]]:
+    """The arguments of an operator, tensors left out; of each, whether it is an integer or several."""
+    places: list[tuple[int | str, Any]] = [*enumerate(node.args), *sorted(node.kwargs.items())]
+    for place, argument in places if node.op == "call_function" else ():
+        yield _is_integer(node, place), fx.map_arg(argument, lambda n: None)
 
 
 def _without_copies(graph: fx.Graph) -> None:

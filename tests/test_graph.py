@@ -85,9 +85,9 @@ def test_passes_are_linear(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(hwbp_compile.backend, "rewrite", counted)
-    for depth in (6, 12, 24):
+    for depth in (3, 6, 12, 24):
         new_nodes("residual_mlp", depth, 2)
-    first, second, third = calls
+    _, first, second, third = calls  # the first time modules are imported
     assert third - second < 2.4 * (second - first), calls
 
 

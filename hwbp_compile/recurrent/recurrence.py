@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .. import _compat
 from ..errors import CannotRewrite
@@ -106,7 +107,7 @@ def kernel_name(
     Raises:
         CannotRewrite: there is neither.
     """
-    batch = carry[0].shape[0] if carry[0].dim() else 0
+    batch = _fixed(carry[0].shape[0]) if carry[0].dim() else 0
 
     def shape(x: Tensor, rows: bool) -> list[Any]:
         found = [ROWS if rows and d == 0 and str(n) == str(batch) else int(n) for d, n in enumerate(x.shape)]
@@ -125,21 +126,50 @@ def kernel_name(
             "batch": batch if isinstance(batch, int) else None,
             "device": str(carry[0].device),
             "exact_products": _compat.exact_products(),
-            "shapes": _shapes(cell, batch) if isinstance(batch, int) else None,
+            "numbers": _numbers(cell, batch),
         }
     )
     _kernel(name)
     return name
 
 
-def _shapes(cell: CellGraph, batch: int) -> str:
-    """The shapes of all of a cell's values, for a batch of so many if it was traced with :data:`ROWS`."""
+def _fixed(size: int | torch.SymInt) -> int | torch.SymInt:
+    """A size, as an integer if it is known by now."""
+    expression = _compat.size_expression(size)
+    return int(expression) if expression.is_number else size
+
+
+def _numbers(cell: CellGraph, batch: int | torch.SymInt | None) -> str:
+    """The shapes of all of a cell's values, and the numbers that its operators are given.
+
+    Equal for a batch of so many, which may be open, and for :data:`ROWS` in its place. The batch's size may
+    stand in shapes only: what computes with it computes something else for each.
+    """
+    open_size = None if isinstance(batch, (int, type(None))) else _compat.size_expression(batch)
+
+    def size(n: Any) -> Any:
+        if isinstance(n, int) and n and n % ROWS == 0:
+            return n // ROWS * batch if isinstance(batch, int) else f"{n // ROWS} B"
+        if isinstance(n, torch.SymInt):
+            times = _compat.size_expression(n) / open_size if open_size is not None else None
+            return f"{times} B" if times is not None and times.is_Integer else str(n)
+        return n
+
     values = [n.meta.get("val") for n in cell.nodes]
-    sizes = [[batch if d == ROWS else d for d in x.shape] for x in values if isinstance(x, Tensor)]
+    sizes = [[size(d) for d in x.shape] for x in values if isinstance(x, Tensor)]
+    shapes: list[Any] = []
+    others: list[Any] = []
+    for node in cell.nodes:
+        for is_size, argument in _compat.arguments_of(node):
+            (shapes if is_size else others).append(argument)
     if batch == 1:
         # Dimensions of one element may stand in any order, which changes nothing.
-        sizes = [[d for d in each if d != 1] for each in sizes]
-    return hashlib.sha256(str(sizes).encode()).hexdigest()[:16]
+        return _digest([[d for d in each if d != 1] for each in sizes], others)
+    return _digest(sizes, [pytree.tree_map(size, x) for x in shapes], others)
+
+
+def _digest(*facts: Any) -> str:
+    return hashlib.sha256(str(facts).encode()).hexdigest()[:16]
 
 
 def kernel_program(name: str) -> StepProgram:
@@ -170,7 +200,8 @@ def _made(name: str) -> tuple[Kernel | LoopRecurrence | None, str]:
             return kernel, ""
         if given["batch"] is None:
             return None, f"{kernel}, and the size of the batch is not fixed"
-        return _loop(given), kernel
+        loop = _loop(given)
+        return loop, kernel if loop is not None else f"{kernel}, and other sizes are not fixed"
 
 
 def _like(given: Any, which: str, batch: int | None = None, rows: int = ROWS) -> list[Tensor]:
@@ -183,11 +214,13 @@ def _like(given: Any, which: str, batch: int | None = None, rows: int = ROWS) ->
     ]
 
 
-def _loop(given: Any) -> LoopRecurrence:
+def _loop(given: Any) -> LoopRecurrence | None:
     carry, inputs = (_like(given, which, rows=given["batch"]) for which in ("carry", "inputs"))
     # Weights hold no stand-in: one that is as long as it is so by itself.
     weights = _like(given, "weights")
     cell = trace_cell(STEPS[given["cell"]], carry, inputs, weights)
+    if cell.signature != given["graph"]:
+        return None  # positions in it would be others
     if given["backward"] is None:
         return LoopRecurrence(forward_program(cell, emit=given["emit"], rows=False), reverse=False)
     program = backward_program(cell, given["backward"], given["wanted"], rows=False, on_the_way=False)
@@ -210,7 +243,7 @@ def _compiled(given: Any) -> Kernel | str:
             reason = reason or f"the step cannot be traced for a batch of any size ({type(error).__name__})"
             continue
         same = cell.signature == given["graph"]
-        if same and given["shapes"] in (None, _shapes(cell, batch)):
+        if same and given["numbers"] == _numbers(cell, batch):
             return _written(cell, given, carry[0].dtype)
         reason = "the step does other things for other sizes of the batch"
     return reason

@@ -117,7 +117,8 @@ def unstack_parameters(model: nn.Module) -> None:
                 own.grad = stack.grad[at.row].clone()
             module.register_parameter(short, own)
         for short in order:
-            module._parameters[short] = module._parameters.pop(short)
+            if short in module._parameters:
+                module._parameters[short] = module._parameters.pop(short)
     for at in stacks.values():
         at.model._parameters.pop(at.stack)
         release(at.model)
@@ -249,7 +250,10 @@ def _user_of(ids: set[int]) -> tuple[type, str] | None:
     for each in gc.get_objects():
         kind = type(each)
         if issubclass(kind, torch.optim.Optimizer):
-            found, what = (p for group in each.param_groups for p in group["params"]), "optimizer"
+            found, what = (
+                (p for group in getattr(each, "param_groups", ()) for p in group["params"]),
+                "optimizer",
+            )
         elif issubclass(kind, nn.parallel.DistributedDataParallel) and "_modules" in each.__dict__:
             found, what = iter(each.parameters()), "module"
         else:
