@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from measuring import FIRST_STEPS, compile_once
 from torch.fx import Graph
 
 from hwbp_compile.options import Options
@@ -37,8 +37,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "defaults": ("highway", None),
     "auto, always": ("highway", {"iterations": "auto", "apply": "always"}),
 }
-STEPS = 3
-"""With k chosen, the first is watched, and the second takes k."""
 
 
 def measure(arguments: argparse.Namespace, setting: str) -> dict[str, float]:
@@ -58,9 +56,7 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, float]:
     hwbp_compile.backend.rewrite = timed_rewrite
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    # What Inductor does once a process (imports, the precompiled header) is not what is compared.
-    once = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
-    once(torch.randn(3, 4)).sum().backward()
+    compile_once()
     model = CharGPT(65, arguments.length, arguments.layers, arguments.width, arguments.width // 32)
     tokens = torch.randint(0, 65, (arguments.batch, arguments.length))
     backend, options = SETTINGS[setting]
@@ -68,7 +64,7 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, float]:
         options = {"iterations": arguments.iterations, **(options or {})}
     compiled = torch.compile(model, backend=backend, options=options)
     start, cpu = time.perf_counter(), cpu_seconds()
-    for _ in range(STEPS):
+    for _ in range(FIRST_STEPS):
         F.cross_entropy(compiled(tokens).flatten(0, 1), tokens.flatten()).backward()
     return {"compile": time.perf_counter() - start, "cpu": cpu_seconds() - cpu, "passes": sum(passes)}
 

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from allocations import memory_of
-from depth_case import ALL, CHOSEN, GRIDS, Case, K, compile_once, compile_seconds
+from depth_case import ALL, CHOSEN, GRIDS, Case, K, compile_seconds
 from depth_models import FAMILIES, Row, add_row, row_of
 from json_lines import add_line, read_lines
 from measuring import (
@@ -45,6 +45,7 @@ from measuring import (
     add_turns,
     alone,
     captured,
+    compile_once,
     measure,
     measure_parts,
     parser,

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from depth_models import FAMILIES, Row
-from measuring import Replay, Step, use_precision
+from measuring import FIRST_STEPS, Replay, Step, use_precision
 from torch import Tensor
 from torch._inductor.utils import clear_caches
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,21 +126,10 @@ def caches_in(folder: str | Path) -> Iterator[None]:
         yield
 
 
-STEPS = 3
-"""Until all programs of a setting are compiled: with k chosen, the first step is watched."""
-
-
 def compile_seconds(step: Step, folder: str | Path) -> float:
     """Of the first steps, with caches in a folder that no other setting has."""
     with caches_in(folder):
         start = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(FIRST_STEPS):
             step()
         return time.perf_counter() - start
-
-
-def compile_once() -> None:
-    """What Inductor does once a process (imports, the precompiled header) is not what is compared."""
-    once = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()))
-    once(torch.randn(3, 4)).sum().backward()
-    torch._dynamo.reset()

@@ -197,6 +197,17 @@ def use_precision(name: str) -> torch.dtype:
     return narrow.get(name, torch.float32)
 
 
+FIRST_STEPS = 3
+"""Until all programs are compiled: with k chosen, the first step is watched, and the second takes k."""
+
+
+def compile_once() -> None:
+    """What Inductor does once a process (imports, the precompiled header), before compilation is timed."""
+    once = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    once(torch.randn(3, 4)).sum().backward()
+    torch._dynamo.reset()
+
+
 def set_limits(arguments: argparse.Namespace) -> None:
     """Use so many threads, and compile for as many settings as there are."""
     torch.set_num_threads(arguments.threads)

@@ -73,6 +73,16 @@ def gate(kind: str, projected: bool) -> Any:
     return diagonals
 
 
+def gradients_given(
+    cotangents: list[Tensor], outputs: Tensor, cell_state: Tensor | None, values: list[Tensor]
+) -> list[Tensor]:
+    """Of a linear loss of the outputs and, of an LSTM, of the last cell state."""
+    loss = (outputs * cotangents[0]).sum()
+    if cell_state is not None:
+        loss = loss + (cell_state * cotangents[1]).sum()
+    return list(torch.autograd.grad(loss, values))
+
+
 def reference_states(
     kind: str, weights: list[Tensor], x: Tensor, carry: list[Tensor], settings: Settings
 ) -> list[tuple[Tensor, ...]]:
@@ -102,10 +112,8 @@ def reference_gradients(
     weights = list(module.parameters())
     states = reference_states(kind, weights, x, carry, settings)
     outputs = torch.stack([state[0] for state in states[1:]])
-    loss = (outputs * cotangents[0]).sum()
-    if kind == "lstm":
-        loss = loss + (states[-1][1] * cotangents[1]).sum()
-    return list(torch.autograd.grad(loss, [x, *carry, *weights]))
+    last = states[-1][1] if kind == "lstm" else None
+    return gradients_given(cotangents, outputs, last, [x, *carry, *weights])
 
 
 def reference_module(module: nn.RNNBase, settings: Settings) -> Any:
@@ -119,10 +127,10 @@ def reference_module(module: nn.RNNBase, settings: Settings) -> Any:
         sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 2 if kind == "lstm" else 1]
         given = [carry] if isinstance(carry, Tensor) else carry
         last: list[tuple[Tensor, ...]] = []
-        for layer in range(module.num_layers):
+        for number in range(module.num_layers):
             outputs = []
             for end in ends:
-                found = [getattr(module, f"{name}_l{layer}{end}", None) for name in names]
+                found = [getattr(module, f"{name}_l{number}{end}", None) for name in names]
                 weights = [w for w in found if w is not None]
                 initial = [y.new_zeros(y.shape[1], size) for size in sizes]
                 if given is not None:
@@ -144,10 +152,8 @@ def torch_gradients(
 ) -> list[Tensor]:
     initial = [c.unsqueeze(0) for c in carry]
     y, last = module(x, initial[0] if len(initial) == 1 else tuple(initial))
-    loss = (y * cotangents[0]).sum()
-    if len(carry) == 2:
-        loss = loss + (last[1][0] * cotangents[1]).sum()
-    return list(torch.autograd.grad(loss, [x, *carry, *module.parameters()]))
+    cell_state = last[1][0] if len(carry) == 2 else None
+    return gradients_given(cotangents, y, cell_state, [x, *carry, *module.parameters()])
 
 
 @pytest.fixture(autouse=True)
@@ -168,19 +174,22 @@ def layer_gradients(
     y, *last = recurrent_layer(
         x, carry, weights, kind, settings.iterations, settings.gamma, settings.group_size, settings.exact_tail
     )
-    loss = (y * cotangents[0]).sum()
-    if kind == "lstm":
-        loss = loss + (last[1] * cotangents[1]).sum()
-    return list(torch.autograd.grad(loss, [x, *carry, *weights]))
+    return gradients_given(cotangents, y, last[1] if kind == "lstm" else None, [x, *carry, *weights])
 
 
 ONE_LAYER = ["gru", "lstm", "lstm with projection", "rnn_tanh", "rnn_relu"]
 
 
+def one_layer(name: str, hidden: int, **settings: Any) -> tuple[str, nn.RNNBase]:
+    """A layer of three inputs, by a name of :data:`ONE_LAYER`, and its kind."""
+    kind = name.split()[0]
+    if "projection" in name and hidden > 3:
+        settings["proj_size"] = 3
+    return kind, layer(kind, 3, hidden, **settings)
+
+
 def compare_with_reference(kind: str, steps: int, batch: int, bias: bool, settings: Settings) -> None:
-    proj_size = 3 if kind == "lstm with projection" else 0
-    kind = kind.split()[0]
-    module = layer(kind, 3, 5, bias=bias, **({"proj_size": proj_size} if proj_size else {}))
+    kind, module = one_layer(kind, 5, bias=bias)
     x, carry = data(kind, steps, batch, 3, module)
     cotangents = [torch.randn(steps, *carry[0].shape).double(), torch.randn(carry[-1].shape).double()]
     expected = torch_gradients(module, x, carry, cotangents)
@@ -420,9 +429,7 @@ def test_sweeps_in_time_are_no_chains_over_depth(settings: dict[str, Any]) -> No
 def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bias: bool, seed: int) -> None:
     """Forward and backward by kernels, of sizes that fill vectors, tiles and threads or do not."""
     torch.manual_seed(seed)
-    proj_size = 3 if "projection" in kind and hidden > 3 else 0
-    kind = kind.split()[0]
-    module = layer(kind, 3, hidden, bias=bias, **({"proj_size": proj_size} if proj_size else {}))
+    kind, module = one_layer(kind, hidden, bias=bias)
     x, carry = data(kind, steps, batch, 3, module)
     cotangents = [torch.randn(steps, *carry[0].shape).double(), torch.randn(carry[-1].shape).double()]
     before = torch.get_num_threads()
@@ -710,9 +717,8 @@ def test_programs_do_not_grow_with_the_length(kind: str, iterations: int | str) 
 @pytest.mark.parametrize("kind", ONE_LAYER)
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_single_precision(kind: str, group_size: int) -> None:
-    proj_size = 3 if kind == "lstm with projection" else 0
-    kind = kind.split()[0]
-    module = layer(kind, 3, 8, **({"proj_size": proj_size} if proj_size else {})).float()
+    kind, module = one_layer(kind, 8)
+    module.float()
     x, carry = data(kind, 20, 4, 3, module)
     x, *carry = (t.detach().float().requires_grad_() for t in (x, *carry))
     cotangents = [torch.randn(20, *carry[0].shape), torch.randn(carry[-1].shape)]

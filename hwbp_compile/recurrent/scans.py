@@ -126,7 +126,7 @@ class Scan:
             if self.why_no_kernel:
                 log.info("The steps of a scan run in a loop of torch's operators: %s", self.why_no_kernel)
             self.residual = cell.split.kind
-            self._step = cell, first, carry, weights
+            self._understood = cell, first, carry, weights
             if self._computed:
                 states = [x.unsqueeze(0).expand(over_time[0].shape[0], *x.shape) for x in carry]
                 try:
@@ -139,7 +139,7 @@ class Scan:
 
     def why_not_parallel(self) -> str:
         """Why its backward pass cannot be done in parallel; empty if it can."""
-        cell, first, carry, weights = self._step
+        cell, first, carry, weights = self._understood
         with _compat.fake_mode_of([*carry, *first, *weights]):
             return why_not_parallel(self.cell, cell, first, carry, weights)
 
