@@ -326,13 +326,6 @@ def symbols_of(values: Sequence[Any]) -> tuple[Symbol, ...]:
     return tuple(found.values())
 
 
-def sort_topologically(graph: fx.Graph) -> None:
-    """Order the nodes so that operands come first, moving as little as possible."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
-
-    stable_topological_sort(graph)
-
-
 def restart_exceptions() -> tuple[type[BaseException], ...]:
     """Exceptions by which Dynamo or symbolic shapes steer compilation: they must pass through."""
     from torch._dynamo import exc
@@ -688,9 +681,9 @@ def _trace_with_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], partition
 
 
 def _run_as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.debugging import boxed_nop
 
-    return make_boxed_func(gm.forward)
+    return boxed_nop(gm, list(example_inputs))  # which frees what it is given once that has been read
 
 
 def _user_passes(patches: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -67,9 +67,15 @@ def highway(
                 "graph runs op by op. hwbp_compile.explain says why it is left."
             )
             by_op = True
-        compiler = _compat.compile_op_by_op if by_op else _compat.compile_with_inductor
         graph_pass = HighwayPass(options, keeps_records, open_sizes_of(gm).traced)
-        run: Callable[..., Any] = compiler(gm, inputs, inductor, graph_pass)
+        run: Callable[..., Any]
+        if by_op:
+            run = _compat.compile_op_by_op(gm, inputs, inductor, graph_pass)
+        elif options.watch:
+            is_certain = options.apply == "always" or any(not layer.reason for layer in layers)
+            run = _compile_watched(gm, inputs, inductor, graph_pass, is_certain)
+        else:
+            run = _compat.compile_with_inductor(gm, inputs, inductor, graph_pass)
         program = Program(run, keeps_records, is_sure=graph_pass.records is not None)
         if keeps_records and graph_pass.records is False:
             program.records_nothing(new_records(inputs[-1].device, options.records_blocks))
@@ -80,6 +86,44 @@ def highway(
 
 setattr(highway, MARK, True)
 install()
+
+
+def _compile_watched(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    inductor: Mapping[str, Any],
+    graph_pass: HighwayPass,
+    is_certain: bool,
+) -> Callable[..., Any]:
+    """Compile steps that are watched: few of many, so that their code would take longer than they do.
+
+    They run op by op, and only where nothing is to be watched code is generated.
+
+    Args:
+        gm: as for :func:`._compat.compile_with_inductor`, like the next ones.
+        inputs: what it is compiled for.
+        inductor: a configuration.
+        graph_pass: with options by which iterations are watched.
+        is_certain: whether it is known already that there are any, but for what cannot be rewritten.
+    """
+    if not is_certain:
+        graph_pass.stops = True
+        try:
+            run = _compat.compile_with_inductor(_compat.copy_dynamo_graph(gm), inputs, inductor, graph_pass)
+        except _IsWatched:
+            graph_pass.stops = False
+        else:
+            graph_pass.records = False  # which the pass does not say of code from a cache
+            return run
+    run = _compat.compile_op_by_op(_compat.copy_dynamo_graph(gm), inputs, inductor, graph_pass)
+    if not graph_pass.records:
+        run = _compat.compile_with_inductor(gm, inputs, inductor, graph_pass)
+        graph_pass.records = False
+    return run
+
+
+class _IsWatched(BaseException):
+    """Ends a compilation by Inductor, which would take any other exception for a failure of its own."""
 
 
 class HighwayPass:
@@ -95,6 +139,8 @@ class HighwayPass:
         """What was compared for each chain; None while no graph was rewritten."""
         self.records: bool | None = None
         """Whether the backward pass writes to that memory; None while it is not known."""
+        self.stops = False
+        """Whether a graph with anything to record ends the compilation."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; in one without a backward half there is little to do."""
@@ -106,6 +152,8 @@ class HighwayPass:
         record = rewrite(graph, options, keeps_records=self.keeps_records)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
         self.records = bool(self.records) or _compat.writes_in_backward(graph)
+        if self.records and self.stops:
+            raise _IsWatched
         log_record(record, graph)
 
     def uuid(self) -> Any:

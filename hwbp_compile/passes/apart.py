@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .. import _compat
 from .. import rows_op as rows_op  # the operator
 from .early import dependent_on_tangents, is_backward
 from .linear_ops import op_name
+from .order import sort_topologically
 from .row_gradients import call
 from .views import SHARING, row_of
 
@@ -50,7 +50,7 @@ def take_apart(graph: Graph) -> int:
                 _replace(graph, source, rows, users, of_backward)
                 done += 1
     if done:
-        _compat.sort_topologically(graph)
+        sort_topologically(graph)
         graph.eliminate_dead_code()
     return done
 

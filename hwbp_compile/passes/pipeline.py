@@ -22,6 +22,7 @@ from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
 from .memory_views import read_as_values
+from .order import sort_topologically
 from .record import needed_without_records, observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
@@ -178,7 +179,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
             else:
                 new = insert_schedule(graph, outcome.schedule, renamed)
                 done[i] = replace(outcome, new=tuple(new))
-        _compat.sort_topologically(graph)
+        sort_topologically(graph)
         graph.eliminate_dead_code()
         graph.lint()
     except Exception as error:  # see _plan

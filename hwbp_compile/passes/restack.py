@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from .. import _compat
 from .early import is_backward, stack_early
 from .linear_ops import MATRIX_PRODUCTS, op_name
+from .order import sort_topologically
 from .shared_stacks import shared_stacks
 from .strides import same_strides
 from .views import STACKED, Row, concatenated, is_view, row_of
@@ -28,7 +29,7 @@ def restack(graph: Graph) -> int:
     done = sum(_shorten(graph, node, shared.get(node)) for node in list(graph.nodes))
     done += stack_early(graph)
     if done:
-        _compat.sort_topologically(graph)
+        sort_topologically(graph)
         graph.eliminate_dead_code()
     return done
 

@@ -28,6 +28,7 @@ from .emit import in_place_of
 from .equal_values import first_of_equals
 from .graft import graft
 from .linear_ops import nodes_in, op_name
+from .order import sort_topologically
 from .replay import COMMUTE, Replay
 from .rows import gather
 from .views import views_of
@@ -201,6 +202,6 @@ def _replace(graph: Graph, targets: dict[Node, Column], columns: _Columns, cut: 
         _, results = graft(graph, traced, inputs)
     for node, result in zip(done, results, strict=True):
         node.replace_all_uses_with(result)
-    _compat.sort_topologically(graph)
+    sort_topologically(graph)
     graph.eliminate_dead_code()
     return len(done)

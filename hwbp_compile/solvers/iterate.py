@@ -19,7 +19,7 @@ from ..scan.path import scan_path
 from ..stage import INSIDE, RESIDUAL, stage
 from ..system import Rows, State, System
 from .group import GroupedSystem
-from .observe import is_observed, observe
+from .observe import Observer
 
 
 def solve(
@@ -63,7 +63,7 @@ def iterate(system: System, iterations: int, gamma: float) -> State:
     kept, moved, order = split_path(system.residual, gamma)
     with stage(RESIDUAL):
         w = scan_path(kept, order, system.first, system.later, blocks)
-    seen = [w]
+    observer = Observer(w, blocks)
     for number in range(1, min(iterations, blocks) + 1):
         with stage(number):
             rows = tuple(c[:-1] for c in w)
@@ -73,9 +73,8 @@ def iterate(system: System, iterations: int, gamma: float) -> State:
                 for block, path, direct in zip(v, moved.apply(rows), system.later, strict=True)
             )
             w = scan_path(kept, order, system.first, terms, blocks)
-        if is_observed():
-            seen.append(w)
-    observe(seen, blocks)
+        observer.see(w)
+    observer.mark()
     return w
 
 

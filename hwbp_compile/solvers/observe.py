@@ -6,9 +6,6 @@ over the joint graph (:mod:`..passes.record`) collects and writes to memory, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
@@ -35,37 +32,49 @@ OBSERVE = torch.ops.hwbp_compile.observe.default
 has_side_effect(OBSERVE)
 
 
-def is_observed() -> bool:
-    """Whether steps are to be kept: only a graph that is being traced has a use for them."""
-    return _compat.graph_being_traced() is not None
+class Observer:
+    """Marks the relative steps of an iteration in the graph that is being traced, if one is.
 
+    Of each step
 
-def observe(iterates: Sequence[State], blocks: int) -> None:
-    """Mark the relative steps of an iteration in the graph that is being traced.
+        step_j = mean over blocks of |w_j - w_(j-1)| / |w_k|,        j = 1 .. k
+
+    is recorded in float32. With ``delta_j = step_(j+1)`` it is the change that one more iteration makes to
+    ``w_j``. Blocks whose cotangent is zero do not count. Of the last step the blocks' own values are marked
+    too.
 
     Args:
-        iterates: the cotangents ``w0 .. wk``, stacked: ``[blocks + 1, ...]`` per component. Of each step
-
-                step_j = mean over blocks of |w_j - w_(j-1)| / |w_k|,        j = 1 .. k
-
-            is recorded in float32. With ``delta_j = step_(j+1)`` it is the change that one more iteration
-            makes to ``w_j``. Blocks whose cotangent is zero do not count. Of the last step the blocks' own
-            values are marked too.
+        first: ``w_0``, stacked: ``[blocks + 1, ...]`` per component.
         blocks: their number.
     """
-    if len(iterates) < 2:
-        return
-    final = _squares(iterates[-1])
-    count = (final > 0).sum().clamp(min=1)
-    steps, ratio = [], final
-    for before, after in list(pairwise(iterates))[-STEPS:]:
-        change = _square_distances(before, after)
-        # Where nothing changes 0 / 0 must count as nothing; what is not finite stays so.
-        ratio = torch.where(change == 0, 0.0, (change / final).sqrt())
-        steps.append(ratio.sum() / count)
-    largest = torch.stack([c[0].abs().max().float() for c in iterates[-1]]).max()
-    numbers = [final.new_full((), n) for n in (blocks, len(iterates) - 1)]
-    OBSERVE([largest, *numbers, *steps], ratio)
+
+    def __init__(self, first: State, blocks: int) -> None:
+        self._last, self._blocks = first, blocks
+        self._changes: list[Tensor] = []
+        self._count = 0
+        self._is_on = _compat.graph_being_traced() is not None
+
+    def see(self, w: State) -> None:
+        """The next iterate. What has to be known of the step to it is computed now: no iterate is kept."""
+        if self._is_on:
+            self._changes = [*self._changes, _square_distances(self._last, w)][-STEPS:]
+            self._count += 1
+            self._last = w
+
+    def mark(self) -> None:
+        """Nothing follows."""
+        if not self._changes:
+            return
+        final = _squares(self._last)
+        count = (final > 0).sum().clamp(min=1)
+        steps, ratio = [], final
+        for change in self._changes:
+            # Where nothing changes 0 / 0 must count as nothing; what is not finite stays so.
+            ratio = torch.where(change == 0, 0.0, (change / final).sqrt())
+            steps.append(ratio.sum() / count)
+        largest = torch.stack([c[0].abs().max().float() for c in self._last]).max()
+        numbers = [final.new_full((), n) for n in (self._blocks, self._count)]
+        OBSERVE([largest, *numbers, *steps], ratio)
 
 
 def _squares(state: State) -> Tensor:
