@@ -91,14 +91,14 @@ class Case:
         self.flops = counter.get_total_flops()
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
-    def step(self, name: str, optimizer: bool = True) -> Step:
-        """Of a copy, compiled with a setting at its first call."""
+    def step(self, name: str, optimizer: bool = True, options: dict[str, Any] | None = None) -> Step:
+        """Of a copy, compiled with a setting at its first call; those of another one are in ``options``."""
         module = copy.deepcopy(self.model)
         if name in STACKED:
             hwbp_compile.stack_parameters(module)
         adam = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True) if optimizer else None
         backend = "inductor" if name == "inductor" else "highway"
-        compiled = torch.compile(module, backend=backend, options=ALL[name], dynamic=False)
+        compiled = torch.compile(module, backend=backend, options=options or ALL[name], dynamic=False)
         return Step(module, compiled, self.x, self.direction, adam)
 
     def gradients(self, step: Step, do: Step | Replay) -> list[Tensor]:

@@ -17,7 +17,7 @@ from functools import partial
 from allocations import Memory, memory_of
 from depth_models import Row
 from measuring import parser, set_limits, set_up
-from memory_case import ROWS, SETTINGS, Layer, settings_of, steps_of
+from memory_case import ROWS, SETTINGS, Layer, settings_of, steps_of, watching
 from workers import Worker
 
 LIMIT = 1.15
@@ -30,10 +30,13 @@ def measure(arguments: argparse.Namespace, row: Row | Layer) -> tuple[dict[str, 
     make, weights = steps_of(row, arguments)
     found = {}
     for name in settings_of(row):
+        if name not in (SETTINGS[0], *arguments.settings):
+            continue
         step = make(name)
-        for _ in range(2):  # compiles; with k chosen, the first step is one that is watched
-            step()
-        found[name] = max((memory_of(step) for _ in range(arguments.repeats)), key=lambda m: m.peak)
+        with watching(name):
+            for _ in range(2):  # compiles; with k chosen, the first step is one that is watched
+                step()
+            found[name] = max((memory_of(step) for _ in range(arguments.repeats)), key=lambda m: m.peak)
         del step
     return found, weights
 
@@ -60,6 +63,7 @@ def main() -> None:
     made = parser(__doc__, repeats=2)
     families = list(dict.fromkeys(row.family for row in ROWS))
     made.add_argument("--only", choices=families, action="append", help="only these")
+    made.add_argument("--settings", choices=SETTINGS[1:], nargs="*", default=SETTINGS[1:], help="only these")
     made.add_argument("--patience", type=float, default=1800, help="seconds that a row may take")
     arguments = made.parse_args()
     arguments.precision = "float32"

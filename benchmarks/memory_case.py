@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from custom_cell import LayerNormGRU
@@ -13,6 +15,8 @@ from depth_case import ALL, Case
 from depth_models import Row
 from measuring import Step
 from torch import nn
+
+from hwbp_compile.control.auto import AutoIterations
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,28 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "custom cell": LayerNormGRU,
 }
 
-SETTINGS = ["inductor", "auto", "exact", "k = 1", "k = 2", "k = 4", "stacked, exact", "stacked, k = 2"]
+WATCHED = "watched"
+"""A step that is exact and beside which iterations are looked at, as some are where k is chosen."""
+SETTINGS = [
+    "inductor",
+    "auto",
+    "exact",
+    WATCHED,
+    "k = 1",
+    "k = 2",
+    "k = 4",
+    "stacked, exact",
+    "stacked, k = 2",
+]
 """The first is what the others are compared with."""
+_MORE: dict[str, dict[str, Any]] = {WATCHED: {"iterations": "auto", "apply": "always"}}
 
 
 def steps_of(row: Row | Layer, arguments: argparse.Namespace) -> tuple[Callable[[str], Step], int]:
     """What makes a step in a setting, compiled at its first call, and the bytes of the weights."""
     if isinstance(row, Row):
         case = Case(row, arguments)
-        return (lambda name: case.step(name, optimizer=False)), case.weights
+        return (lambda name: case.step(name, optimizer=False, options=_MORE.get(name))), case.weights
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     torch.manual_seed(0)
     module = LAYERS[row.family](row.inputs, row.hidden).to(arguments.device)
@@ -71,7 +88,7 @@ def steps_of(row: Row | Layer, arguments: argparse.Namespace) -> tuple[Callable[
     direction = torch.randn(row.steps, row.batch, row.hidden, device=arguments.device)
 
     def step(name: str) -> Step:
-        options: dict[str, Any] | None = ALL[name]
+        options: dict[str, Any] | None = _MORE[name] if name in _MORE else ALL[name]
         backend = "inductor" if options is None else "highway"
         compiled = torch.compile(module, backend=backend, options=options)
         return Step(module, compiled, x, direction)
@@ -82,3 +99,10 @@ def steps_of(row: Row | Layer, arguments: argparse.Namespace) -> tuple[Callable[
 def settings_of(row: Row | Layer) -> list[str]:
     """Those that a row can have: recurrent layers have no parameters to stack."""
     return [name for name in SETTINGS if isinstance(row, Row) or not name.startswith("stacked")]
+
+
+def watching(name: str) -> AbstractContextManager[object]:
+    """In the setting of that name, has every step watched."""
+    if name != WATCHED:
+        return nullcontext()
+    return mock.patch.object(AutoIterations, "next_options", lambda self, _: self.first)
