@@ -625,6 +625,10 @@ def _write_unseen(memory: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return memory
 
 
+# Compiled autograd traces it, and would drop what nobody reads.
+fx.node.has_side_effect(_write_unseen)
+
+
 def write_in_backward(graph: fx.Graph, memory: fx.Node, value: fx.Node) -> None:
     """Have the backward half of a joint graph write ``value`` to an input, at the point of insertion."""
     node = graph.call_function(torch.ops.aten.copy_.default, (memory, value))
@@ -670,14 +674,20 @@ def _fill(graph: fx.Graph, source: fx.Graph) -> None:
 def _trace_with_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], partition: Callable[..., Any]) -> Any:
     """Trace as Inductor does, split the joint graph with ``partition``, and run both halves as they are."""
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config
 
+    # The cache of AOTAutograd knows nothing of what partitions the graph.
+    off = {
+        name: False for name in ("force_autograd_cache", "bundled_autograd_cache") if hasattr(config, name)
+    }
     compiler = aot_autograd(
         fw_compiler=_run_as_it_is,
         bw_compiler=_run_as_it_is,
         decompositions=dict(decompositions()),
         partition_fn=partition,
     )
-    return compiler(gm, example_inputs)
+    with config.patch(off):
+        return compiler(gm, example_inputs)
 
 
 def _run_as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

@@ -71,7 +71,7 @@ def highway(
         run: Callable[..., Any]
         if by_op:
             run = _compat.compile_op_by_op(gm, inputs, inductor, graph_pass)
-        elif options.watch:
+        elif options.watch and keeps_records and not graph_pass.range:
             is_certain = options.apply == "always" or any(not layer.reason for layer in layers)
             run = _compile_watched(gm, inputs, inductor, graph_pass, is_certain)
         else:
@@ -97,7 +97,9 @@ def _compile_watched(
 ) -> Callable[..., Any]:
     """Compile steps that are watched: few of many, so that their code would take longer than they do.
 
-    They run op by op, and only where nothing is to be watched code is generated.
+    They run op by op, and only where nothing is to be watched code is generated. Not for graphs with open
+    sizes: what Inductor finds out about these has to be known before Dynamo is done, or later programs hold
+    for single sizes.
 
     Args:
         gm: as for :func:`._compat.compile_with_inductor`, like the next ones.
@@ -111,14 +113,14 @@ def _compile_watched(
         try:
             run = _compat.compile_with_inductor(_compat.copy_dynamo_graph(gm), inputs, inductor, graph_pass)
         except _IsWatched:
-            graph_pass.stops = False
+            graph_pass.stops, graph_pass.records, graph_pass.comparisons = False, None, None
         else:
             graph_pass.records = False  # which the pass does not say of code from a cache
             return run
     run = _compat.compile_op_by_op(_compat.copy_dynamo_graph(gm), inputs, inductor, graph_pass)
     if not graph_pass.records:
+        graph_pass.records = None
         run = _compat.compile_with_inductor(gm, inputs, inductor, graph_pass)
-        graph_pass.records = False
     return run
 
 

@@ -10,13 +10,20 @@ import torch
 from small_models import compiled, grads, model, settled
 from test_global_state import check_unchanged, global_state
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._inductor.utils import fresh_cache
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hwbp_compile
-from hwbp_compile import _compat
+import hwbp_compile.backend as backend
+from hwbp_compile import Options, _compat
 from hwbp_compile.control.program import Program
 from hwbp_compile.control.variants import Variants
 from hwbp_compile.passes import worth
+from hwbp_compile.residual import ResidualPath
+from hwbp_compile.solvers import solve
+from hwbp_compile.system import ReferenceSystem
 
 AUTO: dict[str, Any] = {"iterations": "auto", "codegen": "inductor", "max_iterations": 4}
 
@@ -146,3 +153,76 @@ def test_of_recurrences_it_is_known_before(
     equal(grads(m, c, x), grads(m, m, x))
     assert done == ["compile_op_by_op"]
     assert hwbp_compile.monitor(m).history[-1].watched
+
+
+def test_what_was_found_before_an_abort_is_forgotten(
+    done: list[str], programs: list[Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph may be another one then, as some of a user's passes are Inductor's only."""
+    rewrite, calls = backend.rewrite, []
+
+    def once(graph: Any, options: Options, **more: Any) -> Any:
+        calls.append(options)
+        return rewrite(graph, options if len(calls) == 1 else Options(apply="never"), **more)
+
+    monkeypatch.setattr(backend, "rewrite", once)
+    m, x = model(), data()
+    equal(grads(m, compiled(m, **AUTO), x), grads(m, m, x))
+    assert done == ["(compile_with_inductor)", "compile_op_by_op", "compile_with_inductor"]
+    assert [(p.records, p.is_sure) for p in programs] == [(False, True)]
+
+
+def test_nothing_is_watched_where_nothing_trains(done: list[str]) -> None:
+    m, x = model(), data()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(m, apply="always", **AUTO)(x), m(x))
+    assert done == ["compile_with_inductor"]
+
+
+@pytest.mark.slow
+def test_one_program_of_each_setting_holds_for_all_sizes(done: list[str]) -> None:
+    """What Inductor finds out about sizes is known from the first program on, so that is its own."""
+    m = settled()
+    c = compiled(m, dynamic=True, apply="always", **AUTO)
+    for rows in (5, 5, 7, 9, 12):
+        x = torch.randn(rows, 4, dtype=torch.float64)
+        found, exact = grads(m, c, x), grads(m, m, x)
+        assert all((f - e).norm() <= 0.1 * e.norm() for f, e in zip(found, exact, strict=True))
+    # Dynamo may begin anew where it finds a size in an unexpected place.
+    assert [each for each in done if each[0] != "("] == ["compile_with_inductor"] * 2
+    assert [s.watched for s in hwbp_compile.monitor(m).history] == [True, *[False] * 4]
+
+
+@pytest.mark.parametrize("codegen", ["inductor", "eager"])
+def test_a_watched_step_records_where_the_backward_pass_is_compiled_anew(codegen: str) -> None:
+    m, x = settled(), data()
+    c = compiled(m, **AUTO | {"apply": "always", "codegen": codegen})
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = grads(m, c, x)
+    equal(found, grads(m, m, x))
+    (step,) = hwbp_compile.monitor(m).history
+    assert step.watched
+    assert step.chains
+
+
+def test_no_iterate_is_kept_until_the_last_one_is_there() -> None:
+    """How far a step went is computed as soon as it is made."""
+
+    def cotangents(first: Tensor) -> tuple[Tensor, ...]:
+        vjps = [lambda w: (w[0].sin(),)] * 8
+        path = ResidualPath(((1.0,),))
+        return solve(ReferenceSystem((first,), vjps, path), iterations=5)
+
+    names = [str(n.target) for n in make_fx(cotangents)(torch.randn(3)).graph.nodes]
+    events = [name for name in names if "cdist" in name or "sin." in name]
+    distances = [i for i, name in enumerate(events) if "cdist" in name]
+    assert distances == [8 * (j + 1) + j for j in range(5)], events
+
+
+def test_what_a_graph_is_given_is_freed_when_it_has_been_read() -> None:
+    gm = make_fx(lambda x: x.sin().cos())(torch.randn(3))
+    assert isinstance(gm, GraphModule)
+    given = [torch.randn(3)]
+    expected = given[0].sin().cos()
+    torch.testing.assert_close(_compat._run_as_it_is(gm, given)(given), expected)
+    assert given == []
