@@ -73,7 +73,7 @@ def equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("apply", ["always", "auto"])
+@pytest.mark.parametrize("apply", [pytest.param("always", marks=pytest.mark.slow), "auto"])
 def test_a_watched_step_needs_no_code(apply: str, done: list[str]) -> None:
     """What it records, and its exact gradients, are those of eager code; the next step has code."""
     m, x = settled(), data()
