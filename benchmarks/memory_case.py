@@ -73,14 +73,14 @@ SETTINGS = [
     "stacked, k = 2",
 ]
 """The first is what the others are compared with."""
-_MORE: dict[str, dict[str, Any]] = {WATCHED: {"iterations": "auto", "apply": "always"}}
+_OPTIONS = {**ALL, WATCHED: {"iterations": "auto", "apply": "always"}}
 
 
 def steps_of(row: Row | Layer, arguments: argparse.Namespace) -> tuple[Callable[[str], Step], int]:
     """What makes a step in a setting, compiled at its first call, and the bytes of the weights."""
     if isinstance(row, Row):
         case = Case(row, arguments)
-        return (lambda name: case.step(name, optimizer=False, options=_MORE.get(name))), case.weights
+        return (lambda name: case.step(name, optimizer=False, options=_OPTIONS[name])), case.weights
     torch._dynamo.config.capture_scalar_outputs = True  # Inductor's scan needs it
     torch.manual_seed(0)
     module = LAYERS[row.family](row.inputs, row.hidden).to(arguments.device)
@@ -88,7 +88,7 @@ def steps_of(row: Row | Layer, arguments: argparse.Namespace) -> tuple[Callable[
     direction = torch.randn(row.steps, row.batch, row.hidden, device=arguments.device)
 
     def step(name: str) -> Step:
-        options: dict[str, Any] | None = _MORE[name] if name in _MORE else ALL[name]
+        options: dict[str, Any] | None = _OPTIONS[name]
         backend = "inductor" if options is None else "highway"
         compiled = torch.compile(module, backend=backend, options=options)
         return Step(module, compiled, x, direction)

@@ -113,7 +113,7 @@ def _compile_watched(
         try:
             run = _compat.compile_with_inductor(_compat.copy_dynamo_graph(gm), inputs, inductor, graph_pass)
         except _IsWatched:
-            graph_pass.stops, graph_pass.records, graph_pass.comparisons = False, None, None
+            graph_pass.stops = False
         else:
             graph_pass.records = False  # which the pass does not say of code from a cache
             return run
@@ -152,10 +152,11 @@ class HighwayPass:
             simplified(graph, join_row_gradients, take_apart)
             return
         record = rewrite(graph, options, keeps_records=self.keeps_records)
-        self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
-        self.records = bool(self.records) or _compat.writes_in_backward(graph)
-        if self.records and self.stops:
+        writes = _compat.writes_in_backward(graph)
+        if writes and self.stops:
             raise _IsWatched
+        self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
+        self.records = bool(self.records) or writes
         log_record(record, graph)
 
     def uuid(self) -> Any:

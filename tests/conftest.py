@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+from hwbp_compile.control.program import Program
+from hwbp_compile.control.variants import Variants
 from hwbp_compile.remembered import SWITCH
 
 hypothesis.settings.register_profile(
@@ -47,3 +50,18 @@ def _everything_is_worth_it(request: pytest.FixtureRequest, monkeypatch: pytest.
     """What is fast on this machine at this moment decides about no test."""
     if "measured" not in request.keywords:
         monkeypatch.setattr("hwbp_compile.passes.worth.Comparison.reason", "")
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """What is compiled meanwhile."""
+    found: list[Program] = []
+    compile_for = Variants._compile_for
+
+    def listed(self: Variants, *args: Any) -> Any:
+        program, findings = compile_for(self, *args)
+        found.append(program)
+        return program, findings
+
+    monkeypatch.setattr(Variants, "_compile_for", listed)
+    return found

@@ -31,6 +31,18 @@ def settled(scale: float = 0.3) -> nn.Sequential:
     return m
 
 
+class Reader(nn.Module):
+    """A recurrent layer, and a linear function of its outputs."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(inputs, hidden), nn.Linear(hidden, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.rnn(x)[0])
+        return y
+
+
 def compiled(m: Callable[..., Any], dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
     options = {"codegen": "eager", "iterations": LENGTH} | options
     return torch.compile(m, backend="highway", options=options, dynamic=dynamic)

@@ -14,7 +14,7 @@ import torch
 from compare import float64
 from families import FAMILIES, Size
 from reference import plain_run
-from small_models import LENGTH, compiled, grads, model, settled
+from small_models import LENGTH, Reader, compiled, grads, model, settled
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -278,17 +278,7 @@ def test_a_diverging_model_is_exact_from_the_first_step(caplog: pytest.LogCaptur
 def test_recurrences_are_watched_too() -> None:
     torch.manual_seed(0)
 
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = nn.GRU(3, 5)
-            self.head = nn.Linear(5, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.head(self.rnn(x)[0])
-            return y
-
-    m = Reader().double()
+    m = Reader(3, 5).double()
     c = compiled(m, apply="always", iterations="auto", group_size=2)
     cosines = train(m, c, torch.randn(40, 2, 3, dtype=torch.float64), steps=30)
     history = hwbp_compile.monitor(m).history

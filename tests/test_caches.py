@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from torch._inductor.utils import fresh_cache
 import hwbp_compile.backend as backend
 from hwbp_compile import Options, monitor
 from hwbp_compile.control.program import Program
-from hwbp_compile.control.variants import Variants
 from hwbp_compile.passes.record import new_records
 
 SCRIPT = """
@@ -70,21 +68,6 @@ def test_identity_for_the_caches_changes_with_options_and_sources(monkeypatch: p
     monkeypatch.setattr(backend, "_source_hash", lambda: "other")
     ids += [backend.HighwayPass(Options(iterations=1)).uuid()]
     assert len(set(ids)) == len(ids)
-
-
-@pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
-    """What is compiled meanwhile."""
-    found: list[Program] = []
-    compile_for = Variants._compile_for
-
-    def listed(self: Variants, *args: Any) -> Any:
-        program, findings = compile_for(self, *args)
-        found.append(program)
-        return program, findings
-
-    monkeypatch.setattr(Variants, "_compile_for", listed)
-    return found
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_models import compiled, grads, model, settled
+from small_models import Reader, compiled, grads, model, settled
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -160,17 +160,8 @@ def test_where_it_holds_for_some_sizes_only_each_size_is_compiled() -> None:
 
 @pytest.mark.slow
 def test_what_one_compilation_finds_of_a_length_is_not_taken_for_granted_by_the_next() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.head(self.rnn(x)[0])
-            return y
-
     torch.manual_seed(0)
-    m = Reader().double()
+    m = Reader(3, 4).double()
     inputs = [torch.randn(n, 2, 3, dtype=torch.float64) for n in (16, 17, 5)]
     expected = {1: [fresh(m, x, iterations=1, group_size=8) for x in inputs]}
     torch._dynamo.reset()

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch._inductor.compile_fx
-from small_models import LENGTH, compiled, grads, model
+from small_models import LENGTH, Reader, compiled, grads, model
 from torch import Tensor, nn
 
 import hwbp_compile
@@ -201,16 +201,7 @@ def test_sweeps() -> None:
 
 
 def test_recommended_options_say_that_there_are_no_groups_over_time() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.GRU(4, 5), nn.Linear(5, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.head(self.rnn(x)[0])
-            return y
-
-    m, x = Reader().double(), torch.randn(20, 2, 4, dtype=torch.float64)
+    m, x = Reader(4, 5).double(), torch.randn(20, 2, 4, dtype=torch.float64)
     found = hwbp_compile.recommend(m, loss_fn, [x], splits=[{}])
     assert found.options == {"iterations": found.tried[0].iterations, "group_size": 1}
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from scan_cells import CELLS
-from small_models import compiled, grads
+from small_models import Reader, compiled, grads
 from test_scans import Model, data
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -352,16 +352,6 @@ def test_caches_tell_ranges_apart() -> None:
     assert identity((3,), apply="always") == identity((4,), apply="always")
 
 
-class Reader(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.rnn(x)[0])
-        return y
-
-
 @pytest.mark.parametrize("scans", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_recurrences_are_chosen_by_their_length(scans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
@@ -372,7 +362,7 @@ def test_recurrences_are_chosen_by_their_length(scans: bool, monkeypatch: pytest
         return "" if steps > 16 else "too short"
 
     monkeypatch.setattr(capture, "why_exact_is_faster", why)
-    m = Model(CELLS["layer norm gru"]) if scans else Reader().double()
+    m = Model(CELLS["layer norm gru"]) if scans else Reader(3, 4).double()
     calls = {
         n: data(m.cell, n, 2) if isinstance(m, Model) else [torch.randn(n, 2, 3, dtype=torch.float64)]
         for n in (9, 30, 16, 17)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import compiled, grads, model, settled
+from small_models import Reader, compiled, grads, model, settled
 from test_global_state import check_unchanged, global_state
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._inductor.utils import fresh_cache
 from torch.fx import GraphModule
@@ -19,7 +19,6 @@ import hwbp_compile
 import hwbp_compile.backend as backend
 from hwbp_compile import Options, _compat
 from hwbp_compile.control.program import Program
-from hwbp_compile.control.variants import Variants
 from hwbp_compile.passes import worth
 from hwbp_compile.residual import ResidualPath
 from hwbp_compile.solvers import solve
@@ -46,21 +45,6 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     listed("compile_with_inductor")
     listed("compile_op_by_op")
-    return found
-
-
-@pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
-    """What is compiled meanwhile."""
-    found: list[Program] = []
-    compile_for = Variants._compile_for
-
-    def listed(self: Variants, *args: Any) -> Any:
-        program, findings = compile_for(self, *args)
-        found.append(program)
-        return program, findings
-
-    monkeypatch.setattr(Variants, "_compile_for", listed)
     return found
 
 
@@ -130,24 +114,13 @@ def test_where_no_chain_can_be_rewritten_there_is_code_after_all(
     assert [(p.records, p.is_sure) for p in programs] == [(False, True)]
 
 
-class Reader(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.GRU(4, 5)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.rnn(x)[0])
-        return y
-
-
 @pytest.mark.parametrize("apply", ["always", "auto"])
 def test_of_recurrences_it_is_known_before(
     apply: str, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of them are iterated is decided before the graph is traced, once for both."""
     monkeypatch.setattr("hwbp_compile.recurrent.capture.why_exact_is_faster", lambda *_: "")
-    m = Reader().double()
+    m = Reader(4, 5).double()
     x = torch.randn(24, 2, 4, dtype=torch.float64)
     c = compiled(m, apply=apply, group_size=2, **AUTO)
     equal(grads(m, c, x), grads(m, m, x))

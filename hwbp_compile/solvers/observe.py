@@ -6,6 +6,8 @@ over the joint graph (:mod:`..passes.record`) collects and writes to memory, or 
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
@@ -50,14 +52,14 @@ class Observer:
 
     def __init__(self, first: State, blocks: int) -> None:
         self._last, self._blocks = first, blocks
-        self._changes: list[Tensor] = []
+        self._changes: deque[Tensor] = deque(maxlen=STEPS)
         self._count = 0
         self._is_on = _compat.graph_being_traced() is not None
 
     def see(self, w: State) -> None:
         """The next iterate. What has to be known of the step to it is computed now: no iterate is kept."""
         if self._is_on:
-            self._changes = [*self._changes, _square_distances(self._last, w)][-STEPS:]
+            self._changes.append(_square_distances(self._last, w))
             self._count += 1
             self._last = w
 
