@@ -48,8 +48,8 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, float]:
 
     passes: list[float] = []
 
-    def timed_rewrite(graph: Graph, options: Options, *, keeps_records: bool) -> Record:
-        record = rewrite(graph, options, keeps_records=keeps_records)
+    def timed_rewrite(graph: Graph, options: Options, **how: bool) -> Record:
+        record = rewrite(graph, options, **how)
         passes.append(sum(record.seconds.values()))
         return record
 

@@ -151,7 +151,7 @@ class HighwayPass:
             drop_observations(graph)
             simplified(graph, join_row_gradients, take_apart)
             return
-        record = rewrite(graph, options, keeps_records=self.keeps_records)
+        record = rewrite(graph, options, keeps_records=self.keeps_records, compiles=True)
         writes = _compat.writes_in_backward(graph)
         if writes and self.stops:
             raise _IsWatched

@@ -75,7 +75,7 @@ def _covered(found: list[Found]) -> int:
     return max((sum(len(b.nodes) for b in f.blocks) for f in found), default=0)
 
 
-def _live_sets(nodes: list[Node]) -> Iterator[dict[Node, None]]:
+def live_sets(nodes: list[Node]) -> Iterator[dict[Node, None]]:
     """After each node, the nodes so far that are still needed, in graph order."""
     index = {node: i for i, node in enumerate(nodes)}
     last = {n: max((index[u] for u in n.users if u in index), default=len(nodes)) for n in nodes}
@@ -90,7 +90,7 @@ def _live_sets(nodes: list[Node]) -> Iterator[dict[Node, None]]:
 
 def _most_crowded(nodes: list[Node], path: Sequence[Node]) -> int:
     """The inner position of ``path`` at which most values are alive beside it."""
-    crowd = {node: len(alive) for node, alive in zip(nodes, _live_sets(nodes), strict=True)}
+    crowd = {node: len(alive) for node, alive in zip(nodes, live_sets(nodes), strict=True)}
     return max(range(1, len(path) - 1), key=lambda i: crowd[path[i]])
 
 
@@ -104,7 +104,7 @@ def _segments(nodes: list[Node], size: int) -> list[Block]:
     segments: list[Block] = []
     entry: Cut | None = None
     inside: list[Node] = []
-    for node, alive in zip(nodes, _live_sets(nodes), strict=True):
+    for node, alive in zip(nodes, live_sets(nodes), strict=True):
         inside.append(node)
         if len(alive) != size or not all(_is_gradient(n) for n in alive):
             continue

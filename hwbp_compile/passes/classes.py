@@ -55,6 +55,11 @@ def value_text(node: Node) -> str:
     return f"{type(value).__name__} {value}"
 
 
+def form(node: Node) -> str:
+    """Equal for nodes that one operator computes for all blocks, of other operands."""
+    return f"{node.target}{map_arg((node.args, node.kwargs), lambda _: '*')}{value_text(node)}"
+
+
 def classify(blocks: tuple[Block, ...]) -> tuple[BlockClass, ...]:
     """The classes of a chain's blocks, in order of their first member."""
     members: dict[Signature, list[int]] = {}

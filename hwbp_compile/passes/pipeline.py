@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from .. import _compat
 from ..chain import Chain, Refusal
 from ..errors import CannotRewrite
+from ..forward.fuse import Fused, fuse_forward
 from ..options import Options
 from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
@@ -55,12 +56,22 @@ class Record:
     outcomes: list[Outcome] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     needs_gradient: bool = True
+    forward: list[Fused] = field(default_factory=list)
+    """What became of the forward pass of the blocks that were rewritten."""
 
 
-def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> Record:
-    """Rewrite all chains of a joint graph in place; its last input may be memory for :mod:`.record`.
+def rewrite(
+    graph: Graph, options: Options, *, keeps_records: bool = False, compiles: bool = False
+) -> Record:
+    """Rewrite all chains of a joint graph in place.
 
     Nothing is changed before a chain's whole schedule is traced, so whatever goes wrong leaves it exact.
+
+    Args:
+        graph: changed in place.
+        options: those in force.
+        keeps_records: whether its last input is memory for :mod:`.record`.
+        compiles: whether kernels of our own are compiled, as the graph is going to run.
     """
     done = Record()
     clock = time.perf_counter()
@@ -102,9 +113,19 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False) -> R
     simplified(graph, *([sink_stacks, restack] if is_rewritten else []), take_apart)
     if is_rewritten:
         simplified(graph, multiply_unstacked)
+        if uses_kernels(options):
+            simplified(graph, lambda g: done.forward.extend(fuse_forward(g, compiles=compiles)))
     _write_last(graph)
     lap("simplify")
     return done
+
+
+def uses_kernels(options: Options) -> bool:
+    """Whether several operators may become one, other than by the compiler's choice.
+
+    Op by op is as the user wrote it, and what is only watched is in few steps.
+    """
+    return options.codegen == "inductor" and not options.watch
 
 
 def _write_last(graph: Graph) -> None:

@@ -17,12 +17,11 @@ import networkx as nx
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from .. import _compat
 from ..errors import CannotRewrite
 from .batch import Stacked, stacked
-from .classes import value_text
+from .classes import form, value_text
 from .early import Column, dependent_on_tangents, stacked_early
 from .emit import in_place_of
 from .equal_values import first_of_equals
@@ -109,7 +108,7 @@ class _Columns:
     def _operands_of(self, column: Column) -> list[Column]:
         """Column by column, if it is one elementwise function or view of other columns."""
         template = column[0]
-        if not _is_applied_to_stacks(template) or len(set(map(_form, column))) > 1:
+        if not _is_applied_to_stacks(template) or len(set(map(form, column))) > 1:
             return []
         rows = ([self._first[operand] for operand in nodes_in((n.args, n.kwargs))] for n in column)
         operands = list(zip(*rows, strict=True))
@@ -126,11 +125,6 @@ def _is_applied_to_stacks(node: Node) -> bool:
     elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     view = name in _VIEWS and node.target is not torch.ops.aten.view.dtype
     return elementwise or view or name in _CASTS
-
-
-def _form(node: Node) -> str:
-    """Equal for nodes that one operator computes for all blocks, of other operands."""
-    return f"{node.target}{map_arg((node.args, node.kwargs), lambda _: '*')}{value_text(node)}"
 
 
 def _is_alike(column: Column) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import _compat
 from ..errors import CannotRewrite
 from .step_cpp_gates import GATES
-from .step_cpp_library import LIBRARY, PADDING
+from .step_cpp_library import LEAST, LIBRARY, PADDING
+from .step_cpp_unpacked import UNPACKED
 from .step_layout import Value, placed_rows, row_size
 from .step_program import ROWS, StepProgram
 from .step_source import StepSource
@@ -24,7 +25,7 @@ _LARGE = 1 << 16
 """Elements of all weights from which on they are read from memory rather for many rows than for few."""
 _SUMMED_AT_ONCE = 32
 """Rows, of one step or of several, from which on what is summed over rows takes its sums from memory."""
-_TYPES = {torch.float32: "float", torch.float64: "double"}
+TYPES = {torch.float32: "float", torch.float64: "double"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class CppRecurrence:
     """
 
     def __init__(self, program: StepProgram, dtype: torch.dtype, *, reverse: bool) -> None:
-        if dtype not in _TYPES:
+        if dtype not in TYPES:
             raise CannotRewrite(f"there is no kernel for {dtype}")
         self.program = program
         self._reverse = reverse
@@ -78,7 +79,7 @@ class CppRecurrence:
             [Argument("", program.shape(n)).batch_dim for n in nodes]
             for nodes in (program.inputs, program.shared)
         ]
-        real = _TYPES[dtype]
+        real = TYPES[dtype]
         read = len(program.inputs) + len(program.shared)
         written = len(program.carry) + len(program.emitted) + len(self._workspace) + 1
         arguments = [*[f"const {real}*"] * read, *[f"{real}*"] * written, *["int64_t"] * 4]
@@ -199,4 +200,13 @@ add({names}, steps, s, times, batch, group, row, count, sums + part * {size});
 }});
 }}
 """
-    return (LIBRARY + GATES + text).replace("REAL", _TYPES[dtype]).replace("PADDING", str(PADDING)), step
+    return complete(text, dtype), step
+
+
+def complete(text: str, dtype: torch.dtype) -> str:
+    """With what all kernels have in common before it."""
+    names = {"REAL": TYPES[dtype], "PADDING": str(PADDING), "FEWEST_ROWS": str(LEAST)}
+    source = LIBRARY + UNPACKED + GATES + text
+    for name, value in names.items():
+        source = source.replace(name, value)
+    return source

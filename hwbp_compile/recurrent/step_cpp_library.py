@@ -4,6 +4,8 @@ from __future__ import annotations
 
 PADDING = 16
 """Elements that may be read, not used, past the end of a weight."""
+LEAST = 2
+"""Rows that are worth a thread."""
 
 LIBRARY = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -18,7 +20,7 @@ using Vec = at::vec::Vectorized<Real>;
 constexpr int64_t LANES = Vec::size();
 constexpr bool MANY = sizeof(Vec) > 32;   // registers: 32 instead of 16
 constexpr int64_t TILE = MANY ? 8 : 4;    // rows of the batch in a tile
-constexpr int64_t LEAST = 2;              // rows that are worth a thread
+constexpr int64_t LEAST = FEWEST_ROWS;    // rows that are worth a thread
 // Vectors of columns in a tile of N rows, as many as fit.
 template <int64_t N> constexpr int64_t WIDE = MANY ? (N > 4 ? 2 : 4) : 2;
 

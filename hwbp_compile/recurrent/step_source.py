@@ -408,12 +408,18 @@ class StepSource:
             added = self._contiguous(added.transposed() if transposed else added)
             start = f"{added.of_product('m')}, {added.row_step}"
         many = shape[0] if len(shape) == 3 else 1
-        packed = self._packed(weight, many)
-        self._lines.append(
-            f"for (int64_t m = 0; m < {many}; m++) product<{inner}, {width}, {int(bias is not None)}>(N, "
-            f"{x.of_product('m')}, {x.row_step}, {packed} + m * PACKED<{inner}, {width}>, "
-            f"{start}, {out.of_product('m')}, {out.row_step});"
-        )
+        sizes = f"{inner}, {width}, {int(bias is not None)}"
+        rows = f"(N, {x.of_product('m')}, {x.row_step}, "
+        ends = f"{start}, {out.of_product('m')}, {out.row_step});"
+        lies = None if weight.base in self._shared else _rows_or_columns(weight)
+        if lies is None:
+            packed = self._packed(weight, many)
+            call = f"product<{sizes}>{rows}{packed} + m * PACKED<{inner}, {width}>, {ends}"
+        else:
+            by_column, step = lies
+            matrix = f"{weight.of_product('m')}, {step}"
+            call = f"unpacked_product<{sizes}, {int(by_column)}>{rows}{matrix}, {ends}"
+        self._lines.append(f"for (int64_t m = 0; m < {many}; m++) {call}")
         self._values[node] = out.transposed() if transposed else out
         if transposed and node in self._results:
             self._copy(self._values[node], self._results[node])
@@ -505,6 +511,15 @@ def _source(node: Node, through: Collection[str] = COPIES) -> Node:
     while node.op == "call_function" and op_name(node) in through:
         (node,) = nodes_in(node.args)
     return node
+
+
+def _rows_or_columns(matrix: Value) -> tuple[bool, int] | None:
+    """Whether a matrix lies column by column, and how far these, or its rows, are apart; None if neither."""
+    rows, columns = matrix.where.shape[-2:]
+    by_row, by_column = matrix.where.stride()[-2:]
+    if by_column == 1 or columns == 1:
+        return False, by_row
+    return (True, by_column) if by_row == 1 or rows == 1 else None
 
 
 def _rows_of_steps(value: Value, number: str) -> str:

@@ -11,6 +11,7 @@ import logging
 from torch.fx import Graph
 
 from .. import _compat
+from ..forward.fuse import Fused
 from ..passes.pipeline import Outcome, Record
 from .where import Names, block_modules, shorten
 
@@ -23,6 +24,7 @@ def log_record(record: Record, graph: Graph) -> None:
         log.debug("A graph without a backward half is left as it is.")
         return
     lines = [_describe(outcome) for outcome in record.outcomes] or ["no residual connection found"]
+    lines += [_describe_forward(fused) for fused in record.forward]
     for line in lines:
         log.info("%s", line)
     times = [f"pass {name}: {seconds:.3f} s" for name, seconds in record.seconds.items()]
@@ -30,6 +32,11 @@ def log_record(record: Record, graph: Graph) -> None:
         log.debug("%s", line)
     _compat.trace_artifact("hwbp_compile_chains", lambda: "\n".join([*lines, *times]))
     _compat.trace_artifact("hwbp_compile_joint_graph", lambda: str(graph))
+
+
+def _describe_forward(fused: Fused) -> str:
+    what = f"the forward pass of {fused.blocks} blocks"
+    return f"{what} is left to the compiler: {fused.reason}" if fused.reason else f"{what} is one kernel"
 
 
 def _describe(outcome: Outcome) -> str:

@@ -1,0 +1,126 @@
+"""``hwbp_compile::blocks``: equal blocks, each applied to the result of the one before, by one kernel.
+
+What they do stands in a text, so that code which was compiled in another process finds the kernel again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .. import _compat
+from ..errors import CannotRewrite
+from ..recurrent.step_program import StepProgram
+from .kernel_cpp import BlocksKernel, addresses_of, blocks_source, joined, results_of
+from .step_text import program_of
+
+log = logging.getLogger(__name__)
+
+torch.library.define(
+    "hwbp_compile::blocks",
+    "(Tensor state, Tensor[] values, str text) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def blocks_text(
+    step: str,
+    dtype: torch.dtype,
+    blocks: int,
+    rows: Sequence[Sequence[int] | None],
+    *,
+    compiles: bool = True,
+) -> str:
+    """What the operator is told beside tensors.
+
+    Args:
+        step: of :func:`.step_text.text_of`.
+        dtype: of all values.
+        blocks: how many there are.
+        rows: per input of the step, the rows of one tensor that the blocks read, the last block's first; None
+            where each block reads a tensor of its own.
+        compiles: whether the kernel is compiled now, not only written.
+
+    Raises:
+        CannotRewrite: there is no kernel.
+    """
+    text = json.dumps([step, str(dtype).removeprefix("torch."), blocks, rows])
+    known = _of(text)
+    with _compat.outside_of_tracing():
+        if compiles:
+            known.kernel()
+        else:
+            blocks_source(known.program, dtype)
+    return text
+
+
+class _Blocks:
+    def __init__(self, text: str) -> None:
+        step, dtype, self.blocks, self.rows = json.loads(text)
+        self.program: StepProgram = program_of(step)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+
+    @functools.cache  # noqa: B019 - as many as there are texts, which are held anyway
+    def kernel(self) -> BlocksKernel:
+        return BlocksKernel(self.program, self.dtype)
+
+    def read(self, values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The tensors of each input."""
+        found, start = [], 0
+        for rows in self.rows:
+            end = start + (self.blocks if rows is None else 1)
+            found.append(values[start:end])
+            start = end
+        return found
+
+
+@functools.lru_cache(maxsize=256)
+def _of(text: str) -> _Blocks:
+    return _Blocks(text)
+
+
+@torch.library.impl("hwbp_compile::blocks", "CPU")
+def _run(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
+    known = _of(text)
+    values = [x if x.is_contiguous() else x.contiguous() for x in values]
+    try:
+        kernel = known.kernel()
+    except CannotRewrite as refusal:  # where the code was compiled there was a compiler
+        _warn_once(refusal.reason)
+        return _by_operators(known, state, known.read(values))
+    addresses = joined([addresses_of(*each) for each in zip(known.read(values), known.rows, strict=True)])
+    return kernel(state, addresses, known.blocks)
+
+
+@torch.library.register_fake("hwbp_compile::blocks")
+def _fake(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
+    known = _of(text)
+    return results_of(known.program, state, known.blocks)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("The forward pass of a chain of blocks runs one operator after the other: %s.", reason)
+
+
+def _by_operators(known: _Blocks, state: Tensor, read: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    step = GraphModule(torch.nn.Module(), known.program.graph)
+    states, emitted = [state], []
+    with torch.no_grad(), _compat.without_autocast(state.device):
+        for i in reversed(range(known.blocks)):
+            own = [
+                tensors[i] if rows is None else tensors[0][rows[i]]
+                for tensors, rows in zip(read, known.rows, strict=True)
+            ]
+            state, *others = step(state, *own)
+            states.append(state)
+            emitted.append(others)
+        columns = [torch.stack(column[::-1]) for column in zip(*emitted, strict=True)]
+        kept = [torch.stack(states[::-1])] if known.program.keep else []
+        return [state.clone(memory_format=torch.contiguous_format), *columns, *kept]

@@ -1,0 +1,204 @@
+"""Pass: the forward pass of equal blocks that are iterated backward becomes one operator.
+
+It writes what the backward pass reads of all blocks right into the stacks that are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from .. import _compat
+from ..errors import CannotRewrite
+from ..passes.order import sort_topologically
+from ..passes.row_gradients import call
+from .. import stack_op as stack_op  # the operator
+from ..recurrent import own as own  # the operator
+from .blocks_op import blocks_text
+from .find import ForwardBlocks, find_forward_blocks
+from .kernel_cpp import threads_for
+from .program import Source, source_of, step_text
+
+STACK = torch.ops.hwbp_compile.stack.default
+MOST_ROWS = 32
+"""Rows of the batch beyond which a library's products are faster."""
+MOST_BYTES_ALONE = 1 << 19
+"""What a block reads, such as weights, that is read as fast by one thread as by several."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What became of the forward pass of some equal blocks: ``reason`` is empty if it is one operator."""
+
+    blocks: int
+    reason: str
+
+
+def fuse_forward(graph: Graph, *, compiles: bool) -> list[Fused]:
+    """Have one kernel compute the forward pass of equal blocks that are iterated backward.
+
+    Args:
+        graph: changed in place.
+        compiles: whether the kernels are compiled, so that what cannot be is left as it is.
+    """
+    if not _is_for_cpus(graph):
+        return []
+    done = []
+    for blocks in find_forward_blocks(graph):
+        reason = ""
+        try:
+            _fuse(graph, blocks, compiles)
+        except CannotRewrite as refusal:
+            reason = refusal.reason
+        done.append(Fused(len(blocks.blocks), reason))
+    if any(not each.reason for each in done):
+        graph.eliminate_dead_code()
+    return done
+
+
+def _is_for_cpus(graph: Graph) -> bool:
+    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    return all(value.device.type == "cpu" for value in values if isinstance(value, Tensor))
+
+
+def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
+    value = blocks.entry.meta["val"]
+    if any(n.meta.get("recompute") is not None for n in blocks.template):
+        raise CannotRewrite("what is checkpointed is not to be kept")
+    rows = _compat.size_hint(value.shape[0]) if value.dim() else 0
+    if rows > MOST_ROWS:
+        raise CannotRewrite(f"the batch has more than {MOST_ROWS} rows, for which a library is faster")
+    escaping = _escaping(blocks)
+    emitted = [n for n in _emitted_for(escaping, blocks) if n is not blocks.exit]
+    inside = inside_of(blocks)
+    keep = any(user not in inside for n in blocks.states[1:-1] for user in n.users)
+    sources = [source_of(blocks.column(leaf)) for leaf in blocks.leaves]
+    if threads_for(rows) < torch.get_num_threads() and sum(map(_bytes_of, sources)) > MOST_BYTES_ALONE:
+        raise CannotRewrite("the weights are large and the rows few, for which a library is faster")
+    step = step_text(blocks, sources, emitted, keep=keep)
+    places = [s.rows for s in sources]
+    text = blocks_text(step, value.dtype, len(blocks.blocks), places, compiles=compiles)
+    _Replacement(graph, blocks, emitted, keep).insert(sources, text, escaping)
+
+
+def _bytes_of(source: Source) -> int:
+    return _compat.size_hint(math.prod(source.shape)) * source.dtype.itemsize
+
+
+def inside_of(blocks: ForwardBlocks) -> set[Node]:
+    """All nodes of the blocks."""
+    return {b[t] for b in blocks.blocks for t in blocks.template if t in b}
+
+
+def _escaping(blocks: ForwardBlocks) -> list[Node]:
+    """The nodes of the template whose values are used outside of the blocks, besides the last state."""
+    inside = inside_of(blocks)
+
+    def is_used(node: Node | None) -> bool:
+        return node is not None and any(user not in inside for user in node.users)
+
+    return [t for t in blocks.template if t is not blocks.exit and any(map(is_used, blocks.column(t)))]
+
+
+def _emitted_for(escaping: Sequence[Node], blocks: ForwardBlocks) -> list[Node]:
+    """What the kernel has to return for these: of what is true or false, what it is computed from."""
+    found: dict[Node, None] = {}
+    waiting = list(escaping)
+    while waiting:
+        node = waiting.pop(0)
+        if _is_real(node, blocks):
+            found.setdefault(node)
+        elif _is_pointwise(node, blocks):
+            waiting.extend(n for n in node.all_input_nodes if n is not blocks.entry)
+        else:
+            raise CannotRewrite(f"the backward pass reads a value of {node.target}", node)
+    return list(found)
+
+
+def _is_real(node: Node, blocks: ForwardBlocks) -> bool:
+    value, state = node.meta["val"], blocks.entry.meta["val"]
+    alike = isinstance(value, Tensor) and value.dtype == state.dtype and value.is_contiguous()
+    return alike and value.dim() > 0 and str(value.shape[0]) == str(state.shape[0])
+
+
+def _is_pointwise(node: Node, blocks: ForwardBlocks) -> bool:
+    """Whether an operator can be applied to the stacks of its operands, which the blocks compute."""
+    tags = getattr(node.target, "tags", ())
+    own = {*blocks.template, blocks.entry}
+    shapes = {tuple(n.meta["val"].shape) for n in (node, *node.all_input_nodes) if n in own}
+    return torch.Tag.pointwise in tags and own.issuperset(node.all_input_nodes) and len(shapes) == 1
+
+
+class _Replacement:
+    """Puts one operator, and parts of its results, in the place of the blocks; all at the end of the graph."""
+
+    def __init__(self, graph: Graph, blocks: ForwardBlocks, emitted: Sequence[Node], keep: bool) -> None:
+        self._graph, self._blocks = graph, blocks
+        self._emitted, self._keep = emitted, keep
+        self._inside = inside_of(blocks)
+        self._stacks: dict[Node, Node] = {}
+
+    def insert(self, sources: Sequence[Source], text: str, escaping: Sequence[Node]) -> None:
+        """Insert it, and have all others read its results."""
+        first, last = self._blocks.states[-1], self._blocks.states[0]
+        (output,) = self._graph.find_nodes(op="output")
+        with self._graph.inserting_before(output):
+            values = [self._as_numbers(n) for s in sources for n in s.tensors]
+            made = self._call(torch.ops.hwbp_compile.blocks.default, first, values, text)
+            result, *others = (self._call(operator.getitem, made, i) for i in range(len(made.meta["val"])))
+            self._stacks.update(zip((*self._emitted, self._blocks.exit), others, strict=False))
+            for template in escaping:
+                self._replace(self._blocks.column(template), lambda t=template: self._stack(t))
+            for user in list(last.users):
+                if user.target is not STACK and user not in self._inside:
+                    user.replace_input_with(last, result)
+            if self._keep:
+                self._replace(self._blocks.states, lambda: self._stacks[self._blocks.exit])
+        sort_topologically(self._graph)
+
+    def _call(self, target: Any, *args: Any) -> Node:
+        return call(self._graph, target, args, like=self._blocks.states[0])
+
+    def _as_numbers(self, node: Node) -> Node:
+        """With 1 and 0 for what is true or false."""
+        dtype = self._blocks.entry.meta["val"].dtype
+        if node.meta["val"].dtype == dtype:
+            return node
+        return self._call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def _stack(self, node: Node) -> Node:
+        """Of the values of all blocks."""
+        if node is self._blocks.entry:
+            states = self._stacks[self._blocks.exit]
+            return self._call(torch.ops.aten.slice.Tensor, states, 0, 1, len(self._blocks.blocks) + 1)
+        if node not in self._stacks:
+            args = map_arg(node.args, self._stack)
+            self._stacks[node] = call(self._graph, node.target, args, like=node, **node.kwargs)
+        return self._stacks[node]
+
+    def _replace(self, column: Sequence[Node | None], stack: Callable[[], Node]) -> None:
+        """Have what reads values of the blocks read these rows of a stack."""
+        row = {n: i for i, n in enumerate(column) if n is not None}
+        for node, i in row.items():
+            for user in [u for u in node.users if u not in self._inside]:
+                stacked: Any = user.args[0] if user.target is STACK else ()
+                rows = [row.get(n, -1) for n in stacked]
+                if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+                    part = stack()
+                    if len(rows) < len(column):
+                        part = self._call(torch.ops.aten.slice.Tensor, part, 0, rows[0], rows[-1] + 1)
+                    user.replace_all_uses_with(part)
+                    user.args = ([part],)  # it is no reader any more
+                elif node is not self._blocks.states[-1]:
+                    value = self._call(torch.ops.aten.select.int, stack(), 0, i)
+                    if user.op == "output":  # which may be written to by the user
+                        value = self._call(torch.ops.hwbp_compile.own.default, value)
+                    user.replace_input_with(node, value)

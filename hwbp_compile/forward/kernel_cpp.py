@@ -1,0 +1,151 @@
+"""All blocks of a chain as one C++ kernel: a few rows of the batch at a time, through one block after the other.
+
+Weights are read where they lie. Threads share the rows and never wait for one another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _compat
+from ..errors import CannotRewrite
+from ..recurrent.step_cpp import TYPES, Argument, complete
+from ..recurrent.step_cpp_library import LEAST
+from ..recurrent.step_layout import row_size
+from ..recurrent.step_program import ROWS, StepProgram
+from ..recurrent.step_source import StepSource
+
+
+class BlocksKernel:
+    """The kernel of a step.
+
+    Args:
+        program: the step; values without rows are read where the blocks have them.
+        dtype: of all values.
+
+    Raises:
+        CannotRewrite: there is no kernel for this step, or no compiler.
+    """
+
+    def __init__(self, program: StepProgram, dtype: torch.dtype) -> None:
+        if dtype not in TYPES:
+            raise CannotRewrite(f"there is no kernel for {dtype}")
+        self._program = program
+        real = TYPES[dtype]
+        pointers = [f"const {real}*", *[f"{real}*"] * (2 + len(program.emitted))]
+        try:
+            self._run: Callable[..., None] = _compat.load_cpp_kernel(
+                ["int64_t", *pointers, "int64_t", "int64_t", "int64_t"], blocks_source(program, dtype)
+            )
+        except CannotRewrite:
+            raise
+        except Exception as error:  # a missing compiler shows itself in many ways
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
+
+    def __call__(self, state: Tensor, addresses: Sequence[int], blocks: int) -> list[Tensor]:
+        """Run all blocks, the last of which is number 0.
+
+        Args:
+            state: before the first block, ``[B, ...]``.
+            addresses: of what the program's inputs are for each block, one input after the other.
+            blocks: how many.
+
+        Returns:
+            What :func:`results_of` says, numbered like the blocks; of the states the first one comes last.
+        """
+        results = results_of(self._program, state, blocks)
+        if state.numel():
+            # Of states that are not kept, the one before and the one after a block.
+            states = results[-1] if self._program.keep else state.new_empty((2, *state.shape))
+            table = array("q", addresses)
+            written = (results[0], states, *results[1 : 1 + len(self._program.emitted)])
+            sizes = (blocks, state.shape[0], torch.get_num_threads())
+            self._run(table.buffer_info()[0], state.contiguous(), *written, *sizes)
+        return results
+
+
+def threads_for(rows: int) -> int:
+    """How many threads share so many rows."""
+    return max(1, min(torch.get_num_threads(), -(-rows // LEAST)))
+
+
+def results_of(program: StepProgram, state: Tensor, blocks: int) -> list[Tensor]:
+    """Tensors for what is returned: the last state, what is emitted, and all states if they are kept."""
+    emitted = [
+        state.new_empty((blocks, state.shape[0], *program.shape(n)[1:])) for n in program.results[1]
+    ]
+    kept = [state.new_empty((blocks + 1, *state.shape))] if program.keep else []
+    return [torch.empty_like(state, memory_format=torch.contiguous_format), *emitted, *kept]
+
+
+def blocks_source(program: StepProgram, dtype: torch.dtype) -> str:
+    """C++ of all blocks.
+
+    Raises:
+        CannotRewrite: a step does something that has no translation.
+    """
+    shape = program.shape
+    (state,) = program.carry
+    inputs = [Argument(f"x{i}", shape(n)) for i, n in enumerate(program.inputs)]
+    carry = Argument("y0", shape(state), steps=True)
+    emitted = [Argument(f"e{i}", shape(n), steps=True) for i, n in enumerate(program.results[1])]
+    first_are_rows = all(a.shape.index(ROWS) == 0 for a in (*inputs, carry, *emitted) if ROWS in a.shape)
+    if not first_are_rows:
+        raise CannotRewrite("the batch is not the first dimension")
+    placed = {n: a.value() for n, a in zip((state, *program.inputs), (carry, *inputs), strict=True)}
+    step = StepSource(program, placed, dtype)
+    row = f"row * {row_size(carry.shape)}"
+    before, after = ("(t + 1)", "t") if program.keep else ("(s % 2)", "((s + 1) % 2)")
+    lines = ["const int64_t t = steps - 1 - s;"]
+    lines.append(f"const Real* in_y0 = s == 0 ? first + {row} : {carry.here(before)};")
+    lines.append(f"Real* out_y0 = t == 0 ? last + {row} : {carry.here(after)};")
+    for i, each in enumerate(inputs):
+        lines.append(f"const Real* {each.name} = reinterpret_cast<const Real*>(table[{i} * steps + t]);")
+        lines.append(f"const Real* in_{each.name} = {each.here()};")
+    lines += [f"Real* out_{each.name} = {each.here()};" for each in emitted]
+    names = ["first", "last", "y0", *(each.name for each in emitted)]
+    parameters = ", ".join([f"const Real* {names[0]}", *(f"Real* {name}" for name in names[1:])])
+    size = row_size(carry.shape)
+    kept = f"""
+    std::copy(first, first + batch * {size}, y0 + steps * batch * {size});
+    std::copy(last, last + batch * {size}, y0);"""
+    text = f"""
+static void step(int64_t N, const int64_t* table, {parameters}, int64_t steps, int64_t s, int64_t batch,
+                 int64_t row, Real* scratch) {{
+{chr(10).join(lines)}
+{step.text}
+}}
+
+extern "C" void kernel(int64_t addresses, {parameters}, int64_t steps, int64_t batch, int64_t threads) {{
+    const int64_t* table = reinterpret_cast<const int64_t*>(addresses);
+    for_steps<64>(steps, batch, threads, steps, {step.scratch},
+        [&](int64_t rows, int64_t s, int64_t row, Real* scratch) {{
+            step(rows, table, {", ".join(names)}, steps, s, batch, row, scratch);
+        }},
+        [](int64_t, int64_t, int64_t, int64_t, int64_t) {{}});{kept if program.keep else ""}
+}}
+"""
+    return complete(text, dtype)
+
+
+def addresses_of(tensors: Sequence[Tensor], rows: Sequence[int] | None) -> Sequence[int]:
+    """Where the values are that each block has: in tensors of their own, or in ``rows`` of one.
+
+    All have to be contiguous.
+    """
+    if rows is None:
+        return [x.data_ptr() for x in tensors]
+    (stack,) = tensors
+    start, step = stack.data_ptr(), stack.stride(0) * stack.element_size()
+    return [start + step * row for row in rows]
+
+
+def joined(parts: Sequence[Sequence[int]]) -> list[int]:
+    """One after the other."""
+    return list(itertools.chain.from_iterable(parts))

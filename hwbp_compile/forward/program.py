@@ -1,0 +1,156 @@
+"""The step from one state to the next of blocks that were found, for a batch of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .. import _compat
+from ..errors import CannotRewrite
+from ..passes.linear_ops import op_name
+from ..passes.views import STACKED, Views, views_of
+from ..recurrent.step_program import ROWS, check_rows
+from .find import ForwardBlocks
+from .step_text import text_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value is that each block has of its own: in tensors, one for each, or in rows of one tensor."""
+
+    tensors: tuple[Node, ...]
+    rows: tuple[int, ...] | None
+    """None for tensors."""
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    views: Views
+    """What the blocks read are these of it."""
+
+
+def source_of(column: Sequence[Node | None]) -> Source:
+    """Where the values are that the blocks read at one place.
+
+    Raises:
+        CannotRewrite: they are no tensors, or views of different kinds.
+    """
+    found = [views_of(n) for n in column if n is not None]
+    bases, views = [base for base, _ in found], found[0][1]
+    values = [n.meta.get("val") for n in bases]
+    first = values[0]
+    if not all(isinstance(v, Tensor) and v.dtype == first.dtype and v.shape == first.shape for v in values):
+        raise CannotRewrite("the blocks read values of different shapes or types", bases[0])
+    if len({str(v) for _, v in found}) > 1:
+        raise CannotRewrite("the blocks read different views", bases[0])
+    rows = [_row(n) for n in bases]
+    stacks = {stack for stack, _ in rows}
+    if None not in stacks and len(stacks) == 1:
+        tensors, numbers = tuple(n for n in stacks if n is not None), tuple(i for _, i in rows)
+    else:
+        tensors, numbers = tuple(bases), None
+    return Source(tensors, numbers, tuple(first.shape), first.dtype, views)
+
+
+def _row(node: Node) -> tuple[Node | None, int]:
+    """Of which tensor a node is which row, or a copy of it; None if it is not."""
+    name = op_name(node) if node.op == "call_function" else ""
+    base, row = (node.args[0], node.args[-1]) if name in ("aten::select", "getitem") else (None, None)
+    if name == "getitem" and isinstance(base, Node):
+        is_apart = op_name(base) in ("hwbp_compile::rows", "aten::unbind")
+        base = base.args[0] if is_apart and base.args[1:] in ((), (0,), (False,), (True,)) else None
+    elif name == "aten::select" and node.args[1] != 0:
+        base = None
+    if not isinstance(base, Node) or not isinstance(row, int):
+        return None, 0
+    size = base.meta["val"].shape[0]
+    return (base, row % size) if isinstance(size, int) else (None, 0)
+
+
+def step_text(
+    blocks: ForwardBlocks, sources: Sequence[Source], emitted: Sequence[Node], *, keep: bool
+) -> str:
+    """The step of the blocks as text; see :func:`.step_text.text_of`.
+
+    Args:
+        blocks: what was found.
+        sources: of its leaves. What is true or false is taken for 1 and 0 of the state's dtype.
+        emitted: nodes of the template whose values are returned for each block.
+        keep: whether all states are.
+
+    Raises:
+        CannotRewrite: the rows of the batch depend on one another, or the batch has a size in it.
+    """
+    state = blocks.entry.meta["val"]
+    if not isinstance(state, Tensor) or state.dim() < 2 or not state.is_contiguous():
+        raise CannotRewrite("the state is no contiguous tensor with a batch", blocks.entry)
+    if any(s.dtype not in (state.dtype, torch.bool) for s in sources):
+        raise CannotRewrite("the blocks read values of another type than their state", blocks.entry)
+    reason: Exception | None = None
+    for rows in _with_rows(state.shape[0], sources):
+        try:
+            return _traced(blocks, sources, rows, emitted, keep)
+        except CannotRewrite:
+            raise
+        except Exception as error:  # the operators do not fit together for these shapes
+            reason = reason or error
+    raise CannotRewrite(f"the blocks cannot be traced for a batch of any size ({type(reason).__name__})")
+
+
+def _with_rows(batch: Any, sources: Sequence[Source]) -> Iterator[list[bool]]:
+    """Which of the sources may have a dimension for the batch; shapes that fit say which it is."""
+    maybe = [bool(s.shape) and str(s.shape[0]) == str(batch) for s in sources]
+    given = [all(n.op == "placeholder" for n in s.tensors) for s in sources]
+    likely = [m and not g for m, g in zip(maybe, given, strict=True)]
+    seen: list[list[bool]] = []
+    for rows in (likely, maybe, [False] * len(sources)):
+        if rows not in seen:
+            seen.append(rows)
+            yield rows
+
+
+def _traced(
+    blocks: ForwardBlocks,
+    sources: Sequence[Source],
+    rows: Sequence[bool],
+    emitted: Sequence[Node],
+    keep: bool,
+) -> str:
+    state = blocks.entry.meta["val"]
+    batch = state.shape[0]
+
+    def evaluate(*values: Tensor) -> list[Tensor]:
+        known: dict[Node, Any] = {blocks.entry: values[0]}
+        for leaf, source, base in zip(blocks.leaves, sources, values[1:], strict=True):
+            value = base.unsqueeze(0)
+            for name, argument in source.views:
+                value = STACKED[name](value, argument)
+            known[leaf] = value[0]
+        for node in blocks.template:
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            _check(node, known[node], batch)
+        return [known[n] for n in (blocks.exit, *emitted)]
+
+    def like(shape: Sequence[Any], dtype: torch.dtype, rows: bool) -> Tensor:
+        return torch.empty((), dtype=dtype).expand([ROWS, *shape[1:]] if rows else list(shape))
+
+    values = [like(state.shape, state.dtype, True)]
+    values += [like(s.shape, state.dtype, r) for s, r in zip(sources, rows, strict=True)]
+    traced = _compat.trace_shapes(evaluate, [], values)
+    return text_of(traced.graph, len(emitted), keep)
+
+
+def _check(node: Node, value: Any, batch: Any) -> None:
+    """Refuse what differs, apart from the size of the batch, from what it is in the graph."""
+    was = node.meta["val"]
+    pairs = zip(value, was, strict=True) if isinstance(value, (tuple, list)) else [(value, was)]
+    for now, before in pairs:
+        check_rows(node, now)
+        sizes = [str(batch) if n == ROWS else str(n) for n in now.shape]
+        if sizes != list(map(str, before.shape)) or now.dtype != before.dtype:
+            raise CannotRewrite(f"{node.target} does other things for other sizes of the batch", node)

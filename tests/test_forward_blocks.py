@@ -1,0 +1,530 @@
+"""The forward pass of equal blocks as one kernel: where it is found, that it is right, and where it is not made."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import joint_graphs, recorded
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hwbp_compile
+from hwbp_compile.errors import CannotRewrite
+from hwbp_compile.forward import blocks_op, fuse
+from hwbp_compile.forward.kernel_cpp import BlocksKernel
+from hwbp_compile.forward.step_text import program_of, text_of
+from hwbp_compile.passes import pipeline
+from hwbp_compile.recurrent.step_program import ROWS
+
+D, HIDDEN, BLOCKS, BATCH = 24, 40, 6, 5
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _kernels_op_by_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """All but these kernels runs one operator after the other, which needs no compilation; no pass may fail."""
+    monkeypatch.setattr(pipeline, "uses_kernels", lambda options: not options.watch)
+    blocks_op._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        yield
+    assert not [r for r in caplog.get_records("call") if "internal error" in r.getMessage()]
+
+
+class Block(nn.Module):
+    """x + f(x), or one of its relatives."""
+
+    def __init__(
+        self,
+        act: Activation = F.relu,
+        norm: str = "layer",
+        *,
+        bias: bool = True,
+        post: bool = False,
+        scale: bool = False,
+        glu: bool = False,
+        gate: bool = False,
+        dropout: float = 0.0,
+        d: int = D,
+        hidden: int = HIDDEN,
+    ) -> None:
+        super().__init__()
+        norms = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d, "none": nn.Identity}
+        self.norm = norms[norm](d)
+        self.up, self.down = nn.Linear(d, hidden * (1 + glu), bias=bias), nn.Linear(hidden, d, bias=bias)
+        self.act, self.post, self.glu, self.dropout = act, post, glu, dropout
+        self.scale = nn.Parameter(torch.randn(d) * 0.3) if scale else None
+        self.gate = nn.Linear(d, d) if gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x if self.post else self.norm(x))
+        if self.glu:
+            a, b = y.chunk(2, -1)
+            y = self.act(a) * b
+        else:
+            y = self.act(y)
+        y = self.down(F.dropout(y, self.dropout, self.training))
+        if self.scale is not None:
+            y = y * self.scale
+        if self.gate is not None:
+            t = torch.sigmoid(self.gate(x))
+            return x * (1 - t) + y * t
+        return self.norm(x + y) if self.post else x + y
+
+
+def model(*, blocks: int = BLOCKS, inputs: int = 9, d: int = D, **how: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [nn.Linear(inputs, d), *(Block(d=d, **how) for _ in range(blocks)), nn.Linear(d, 3)]
+    return nn.Sequential(*parts).double()
+
+
+def compiled(m: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    options = {"iterations": BLOCKS, "apply": "always", "codegen": "eager"} | options
+    return torch.compile(m, backend="highway", options=options, dynamic=False)
+
+
+def results(m: nn.Module, run: Callable[..., Any], *inputs: Tensor) -> list[Tensor]:
+    """The output, and the gradients of a function of it."""
+    m.zero_grad()
+    given = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = run(*given)
+    torch.manual_seed(1)
+    (y * torch.randn_like(y)).sum().backward()
+    values = [*(x for x in given if x.requires_grad), *m.parameters()]
+    return [y, *(torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in values)]
+
+
+def check(m: nn.Module, *inputs: Tensor, runs: int = 1, tolerance: float = 1e-11, **options: Any) -> None:
+    """Output and gradients are those of eager torch, and so many runs of blocks are one kernel each."""
+    expected = results(m, m, *inputs)
+    with recorded() as records:
+        found = results(m, compiled(m, **options), *inputs)
+    forward = [f for r in records for f in r.forward]
+    assert [f.reason for f in forward] == [""] * runs
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance)
+
+
+def reason(m: nn.Module, *inputs: Tensor) -> str:
+    """Why the blocks are not one kernel; gradients are right all the same."""
+    expected = results(m, m, *inputs)
+    with recorded() as records:
+        found = results(m, compiled(m), *inputs)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    (why,) = {f.reason for r in records for f in r.forward}
+    assert why
+    return why
+
+
+def x_of(batch: int = BATCH, inputs: int = 9) -> Tensor:
+    return torch.randn(batch, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "gelu, RMSNorm, no bias": {"act": F.gelu, "norm": "rms", "bias": False},
+    "tanh, no norm": {"act": torch.tanh, "norm": "none"},
+    "post-LN": {"act": F.gelu, "post": True},
+    "silu, gated linear": {"act": F.silu, "glu": True},
+    "gate on the residual path": {"gate": True, "norm": "none"},
+    "elu": {"act": F.elu, "norm": "none"},
+}
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    "layer scale": {"scale": True},
+    "leaky relu": {"act": F.leaky_relu},
+    "gelu by tanh": {"act": lambda x: F.gelu(x, approximate="tanh")},
+    "softplus": {"act": F.softplus, "norm": "rms"},
+    "mish": {"act": F.mish},
+    "hardswish": {"act": F.hardswish},
+    "narrow": {"d": 3, "hidden": 1},
+    "odd": {"d": 17, "hidden": 33},
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(pytest.param(how, id=name) for name, how in VARIANTS.items()),
+        *(pytest.param(how, id=name, marks=pytest.mark.slow) for name, how in MORE_VARIANTS.items()),
+    ],
+)
+def test_output_and_gradients_are_right(how: dict[str, Any]) -> None:
+    check(model(**how), x_of())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 32])
+def test_any_batch(batch: int) -> None:
+    """One and several rows a thread, whole and partial tiles."""
+    check(model(act=torch.tanh, norm="none"), x_of(batch))
+
+
+def test_batch_as_large_as_the_state_is_wide() -> None:
+    """Then shapes alone do not tell the batch from what weights have."""
+    check(model(act=torch.tanh), x_of(D))
+
+
+def test_single_precision() -> None:
+    m = model(act=F.gelu).float()
+    check(m, x_of().float(), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_fewer_iterations_have_the_same_gradients_as_without_the_kernel(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = model(act=F.gelu)
+    found = results(m, compiled(m, iterations=k), x_of())
+    torch._dynamo.reset()
+    monkeypatch.setattr(pipeline, "uses_kernels", lambda options: False)
+    expected = results(m, compiled(m, iterations=k), x_of())
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+
+
+def test_blocks_read_rows_of_stacked_parameters() -> None:
+    m, plain = model(act=F.gelu), model(act=F.gelu)
+    expected = results(plain, plain, x_of())[1:2]
+    hwbp_compile.stack_parameters(m)
+    with recorded() as records, joint_graphs() as graphs:
+        found = results(m, compiled(m), x_of())[1:2]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert [f.reason for r in records for f in r.forward] == [""]
+    (node,) = [n for n in graphs[0].nodes if "hwbp_compile.blocks" in str(n.target)]
+    assert len(node.args[1]) == 6  # weights, biases, and those of the norm
+    hwbp_compile.unstack_parameters(m)
+    for p, q in zip(m.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-11)
+
+
+class Conditioned(nn.Module):
+    """Blocks that read a tensor with a row for each of the batch, and one weight that they all share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+        self.shared = nn.Parameter(torch.randn(D, D) / D)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = x + torch.tanh(block(x) + (condition * (i + 1)).sin() + x @ self.shared)
+        return x
+
+
+@pytest.mark.parametrize("batch", [1, 4, D])
+def test_blocks_read_tensors_with_rows_and_shared_ones(batch: int) -> None:
+    torch.manual_seed(0)
+    check(Conditioned().double(), x_of(batch, D), torch.randn(batch, D).double())
+
+
+class Shared(nn.Module):
+    """One input of the model that all blocks read as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x) * condition)
+        return x
+
+
+def test_blocks_read_an_input_of_the_model() -> None:
+    torch.manual_seed(0)
+    check(Shared().double(), x_of(4, D), torch.randn(4, D).double())
+
+
+class Towers(nn.Module):
+    """Two chains, and a head that reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(*(Block() for _ in range(BLOCKS))) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x.flip(-1))
+
+
+def test_two_chains() -> None:
+    torch.manual_seed(0)
+    check(Towers().double(), x_of(4, D), runs=2)
+
+
+class AllStates(nn.Module):
+    """Returns what comes out of each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(act=torch.tanh) for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        states = []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return states
+
+
+def test_states_that_are_returned_have_memory_of_their_own() -> None:
+    """They may be written to before the backward pass, and one after the other."""
+    torch.manual_seed(0)
+    m = AllStates().double()
+    x = x_of(4, D)
+    expected = [s.clone() for s in m(x)]
+    loss = sum((i + 1) * s.square().sum() for i, s in enumerate(m(x)))
+    wanted = torch.autograd.grad(loss, list(m.parameters()))
+    with recorded() as records:
+        states = compiled(m)(x)
+    assert [f.reason for r in records for f in r.forward] == [""]
+    for s, e in zip(states, expected, strict=True):
+        torch.testing.assert_close(s, e, rtol=1e-11, atol=1e-11)
+    assert len({s.untyped_storage().data_ptr() for s in states}) == BLOCKS
+    loss = sum((i + 1) * s.square().sum() for i, s in enumerate(states))
+    with torch.no_grad():
+        for s in compiled(m)(x):
+            s.zero_()
+    found = torch.autograd.grad(loss, list(m.parameters()))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-10, atol=1e-10)
+
+
+def test_output_may_be_written_to_before_the_backward_pass() -> None:
+    m = nn.Sequential(*list(model(act=F.gelu))[1:-1])
+    x = x_of(4, D)
+
+    def scaled(run: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: run(x).mul_(2.0).sin_()
+
+    expected = results(m, scaled(m), x)
+    with recorded() as records:
+        found = results(m, scaled(compiled(m)), x)
+    assert [f.reason for r in records for f in r.forward] == [""]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_has_one_mask_in_both_passes() -> None:
+    """The gradient is the slope of the very function that was computed."""
+    m = model(act=torch.tanh, dropout=0.3)
+    run, x, direction = compiled(m), x_of(), x_of().cos()
+
+    def value(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return run(x).sin().sum()
+
+    with recorded() as records:
+        (gradient,) = torch.autograd.grad(value(x.requires_grad_()), x)
+    assert [f.reason for r in records for f in r.forward] == [""]
+    step = 1e-5 * direction
+    with torch.no_grad():
+        assert not torch.equal(run(x), run(x))
+    slope = (value(x + step) - value(x - step)).detach() / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+class Attending(nn.Module):
+    """Rows of the batch that read one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.q(x) @ x.T).softmax(-1) @ self.v(x)
+
+
+def test_rows_that_depend_on_one_another_are_left_to_the_compiler() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(*(Attending() for _ in range(BLOCKS))).double()
+    assert "rows" in reason(m, 0.1 * x_of(4, D))
+
+
+def test_norms_over_the_batch_are_left_to_the_compiler() -> None:
+    m = model(norm="batch")
+    torch.manual_seed(0)
+    why = reason(m, x_of())
+    assert "batch" in why, why
+
+
+def test_blocks_whose_states_have_a_sequence_are_left_to_the_compiler() -> None:
+    m = nn.Sequential(*list(model())[1:-1])
+    assert "rows" in reason(m, torch.randn(2, 3, D).double())
+
+
+def test_many_rows_are_left_to_the_compiler() -> None:
+    assert "rows" in reason(model(), x_of(fuse.MOST_ROWS + 1))
+
+
+def test_large_weights_and_few_rows_are_left_to_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "MOST_BYTES_ALONE", 8 * (2 * D * HIDDEN + HIDDEN + 3 * D) - 1)
+    monkeypatch.setattr(fuse, "threads_for", lambda rows: torch.get_num_threads() - 1)
+    assert "weights are large" in reason(model(), x_of())
+    torch._dynamo.reset()
+    monkeypatch.setattr(fuse, "MOST_BYTES_ALONE", fuse.MOST_BYTES_ALONE + 1)
+    check(model(), x_of())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def test_what_is_checkpointed_is_not_kept() -> None:
+    torch.manual_seed(0)
+    m = Checkpointed().double()
+    expected = results(m, m, x_of(4, D))
+    with recorded() as records:
+        found = results(m, compiled(m), x_of(4, D))
+    assert all(f.reason for r in records for f in r.forward)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+
+
+class OneIsDifferent(nn.Module):
+    """Blocks of which one has another activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(torch.tanh if i == 3 else F.silu) for i in range(2 * BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_that_differ_are_not_taken_for_equal() -> None:
+    torch.manual_seed(0)
+    m = OneIsDifferent().double()
+    expected = results(m, m, x_of(4, D))
+    found = results(m, compiled(m, iterations=2 * BLOCKS), x_of(4, D))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+
+
+def test_constants_that_differ_are_not_taken_for_equal() -> None:
+    torch.manual_seed(0)
+    slopes = [0.1 * i for i in range(1, BLOCKS + 1)]
+    acts = [lambda x, s=s: F.leaky_relu(x, s) for s in slopes]
+    m = nn.Sequential(*(Block(act) for act in acts)).double()
+    expected = results(m, m, x_of(4, D))
+    found = results(m, compiled(m), x_of(4, D))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+
+
+def test_without_a_compiler_operators_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a process that finds the compiled model in a cache, but has no compiler."""
+    m = model(act=F.gelu)
+    expected = results(m, m, x_of())
+    run = compiled(m)
+    run(x_of())
+
+    def none(*_: object) -> None:
+        raise CannotRewrite("the kernel cannot be compiled: no compiler")
+
+    monkeypatch.setattr(blocks_op._Blocks, "kernel", none)
+    for _ in range(2):
+        found = results(m, run, x_of())
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+    (said,) = [r.getMessage() for r in caplog.records if "one operator after the other" in r.getMessage()]
+    assert "no compiler" in said
+
+
+def test_without_a_compiler_blocks_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise CannotRewrite("the kernel cannot be compiled: no compiler")
+
+    blocks_op._of.cache_clear()
+    monkeypatch.setattr(BlocksKernel, "__init__", none)
+    assert "no compiler" in reason(model(act=F.gelu), x_of())
+
+
+def test_explain_names_the_kernel() -> None:
+    found = hwbp_compile.explain(model(), x_of(), options={"apply": "always", "codegen": "eager"})
+    assert f"the forward pass of {BLOCKS} blocks is one kernel" in str(found)
+    assert "hwbp_compile.blocks" in found.after[0]
+
+
+def test_a_step_is_the_same_after_it_was_text() -> None:
+    with joint_graphs() as graphs:
+        results(m := model(act=F.gelu), compiled(m), x_of())
+    (node,) = [n for n in graphs[0].nodes if "hwbp_compile.blocks" in str(n.target)]
+    known = blocks_op._of(node.args[2])
+    program = known.program
+    again = program_of(text_of(program.graph, len(program.emitted), program.keep))
+    assert [str(n.target) for n in again.graph.nodes] == [str(n.target) for n in program.graph.nodes]
+    assert program.shape(program.carry[0]) == (ROWS, D)
+    assert known.blocks == BLOCKS
+
+
+@pytest.mark.slow
+def test_inductor_runs_it_and_finds_it_in_its_cache(tmp_path: Any) -> None:
+    """Compiled code of another process finds the kernel by its text."""
+    import subprocess
+    import sys
+
+    program = """
+import torch, torch.nn.functional as F
+from torch import nn
+import hwbp_compile, hwbp_compile.backend
+from hwbp_compile.passes.pipeline import rewrite
+calls = []
+def counted(*args, **kwargs):
+    calls.append(rewrite(*args, **kwargs))
+    return calls[-1]
+hwbp_compile.backend.rewrite = counted
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+torch.manual_seed(0)
+m = nn.Sequential(*(Block() for _ in range(6)))
+x = torch.randn(4, 16)
+expected = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
+run = torch.compile(m, backend="highway", options={"iterations": 6, "apply": "always"}, dynamic=False)
+y = run(x)
+torch.testing.assert_close(y, m(x), rtol=1e-5, atol=1e-5)
+found = torch.autograd.grad(y.square().sum(), list(m.parameters()))
+for f, e in zip(found, expected):
+    torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+print("passes", len(calls), [f.reason for r in calls for f in r.forward])
+"""
+    import os
+
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip().splitlines()[-1])
+    assert said == ["passes 1 ['']", "passes 0 []"]
+
+
+def test_modules_are_not_changed() -> None:
+    m = model()
+    before = copy.deepcopy(m.state_dict())
+    check(m, x_of())
+    for name, value in m.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
