@@ -6,6 +6,7 @@ compared with one of them, node by node.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class ForwardBlocks:
 def find_forward_blocks(graph: Graph) -> Iterator[ForwardBlocks]:
     """The runs of blocks that stacks of the backward pass belong to, those of the longest stack first."""
     late = dependent_on_tangents(graph)
-    columns = [tuple(n.args[0]) for n in graph.nodes if _is_stack(n, late)]  # type: ignore[arg-type]
+    columns = [tuple(n.args[0]) for n in graph.nodes if _is_stack(n, late)]
     place = {node: i for i, node in enumerate(graph.nodes)}
     columns.sort(key=len, reverse=True)
     taken: set[Node] = set()
@@ -68,7 +69,8 @@ def _is_stack(node: Node, late: Collection[Node]) -> bool:
         return False
     rows = node.all_input_nodes
     distinct = len(rows) == len(node.args[0]) >= FEWEST  # type: ignore[arg-type]
-    return distinct and not any(n in late or views_of(n)[0].op == "placeholder" for n in rows)
+    given = all(views_of(n)[0].op == "placeholder" for n in rows)
+    return distinct and not given and not any(n in late for n in rows)
 
 
 def _blocks_of(
@@ -110,7 +112,7 @@ def _blocks_of(
 def _is_in_sequence(found: ForwardBlocks, late: Collection[Node]) -> bool:
     """Whether each block is applied to the result of the one before, and reads nothing else of the blocks."""
     blocks = found.blocks
-    chained = all(b[found.entry] is a[found.exit] for b, a in zip(blocks[:-1], blocks[1:], strict=True))
+    chained = all(b[found.entry] is a[found.exit] for b, a in itertools.pairwise(blocks))
     inner = [b[t] for b in blocks for t in found.template if t in b]
     first = blocks[-1][found.entry]
     inside = {first, *_descendants(first, late)}
@@ -156,13 +158,13 @@ class _Matcher:
 
 
 def _cut(a: Node, b: Node, c: Node, late: Collection[Node], place: Mapping[Node, int]) -> Node | None:
-    """The last node before ``b`` that all ways from ``a`` to ``c`` lead through."""
+    """The last node that all ways from ``a`` to ``c`` lead through, up to ``b``, which has to be on one."""
     between = sorted(_needed_for([c], _descendants(a, late)), key=place.__getitem__)
     found = None
     for node, alive in zip(between, live_sets(between), strict=True):
+        found = node if len(alive) == 1 else found
         if node is b:
             return found
-        found = node if len(alive) == 1 else found
     return None
 
 

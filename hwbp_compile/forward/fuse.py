@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import _compat
+from .. import stack_op as stack_op  # the operator
 from ..errors import CannotRewrite
 from ..passes.order import sort_topologically
 from ..passes.row_gradients import call
-from .. import stack_op as stack_op  # the operator
 from ..recurrent import own as own  # the operator
 from .blocks_op import blocks_text
 from .find import ForwardBlocks, find_forward_blocks
@@ -119,7 +120,9 @@ def _emitted_for(escaping: Sequence[Node], blocks: ForwardBlocks) -> list[Node]:
         elif _is_pointwise(node, blocks):
             waiting.extend(n for n in node.all_input_nodes if n is not blocks.entry)
         else:
-            raise CannotRewrite(f"the backward pass reads a value of {node.target}", node)
+            raise CannotRewrite(
+                f"the backward pass reads {node.name}, which has no row for each of the batch", node
+            )
     return list(found)
 
 
@@ -132,13 +135,14 @@ def _is_real(node: Node, blocks: ForwardBlocks) -> bool:
 def _is_pointwise(node: Node, blocks: ForwardBlocks) -> bool:
     """Whether an operator can be applied to the stacks of its operands, which the blocks compute."""
     tags = getattr(node.target, "tags", ())
-    own = {*blocks.template, blocks.entry}
-    shapes = {tuple(n.meta["val"].shape) for n in (node, *node.all_input_nodes) if n in own}
-    return torch.Tag.pointwise in tags and own.issuperset(node.all_input_nodes) and len(shapes) == 1
+    values = [n.meta["val"] for n in (node, *node.all_input_nodes)]
+    own = {*blocks.template, blocks.entry}.issuperset(node.all_input_nodes)
+    shapes = {tuple(v.shape) if isinstance(v, Tensor) else None for v in values}
+    return torch.Tag.pointwise in tags and own and len(shapes) == 1
 
 
 class _Replacement:
-    """Puts one operator, and parts of its results, in the place of the blocks; all at the end of the graph."""
+    """Puts one operator, and parts of its results, in the place of the blocks."""
 
     def __init__(self, graph: Graph, blocks: ForwardBlocks, emitted: Sequence[Node], keep: bool) -> None:
         self._graph, self._blocks = graph, blocks
@@ -156,7 +160,7 @@ class _Replacement:
             result, *others = (self._call(operator.getitem, made, i) for i in range(len(made.meta["val"])))
             self._stacks.update(zip((*self._emitted, self._blocks.exit), others, strict=False))
             for template in escaping:
-                self._replace(self._blocks.column(template), lambda t=template: self._stack(t))
+                self._replace(self._blocks.column(template), partial(self._stack, template))
             for user in list(last.users):
                 if user.target is not STACK and user not in self._inside:
                     user.replace_input_with(last, result)

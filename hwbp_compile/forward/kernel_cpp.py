@@ -1,4 +1,4 @@
-"""All blocks of a chain as one C++ kernel: a few rows of the batch at a time, through one block after the other.
+"""All blocks of a chain as one C++ kernel: a few rows of the batch at a time, through all of them.
 
 Weights are read where they lie. Threads share the rows and never wait for one another.
 """
@@ -77,9 +77,7 @@ def threads_for(rows: int) -> int:
 
 def results_of(program: StepProgram, state: Tensor, blocks: int) -> list[Tensor]:
     """Tensors for what is returned: the last state, what is emitted, and all states if they are kept."""
-    emitted = [
-        state.new_empty((blocks, state.shape[0], *program.shape(n)[1:])) for n in program.results[1]
-    ]
+    emitted = [state.new_empty((blocks, state.shape[0], *program.shape(n)[1:])) for n in program.results[1]]
     kept = [state.new_empty((blocks + 1, *state.shape))] if program.keep else []
     return [torch.empty_like(state, memory_format=torch.contiguous_format), *emitted, *kept]
 

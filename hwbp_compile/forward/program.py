@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from .. import _compat
 from ..errors import CannotRewrite
+from ..passes.classes import value_text
 from ..passes.linear_ops import op_name
 from ..passes.views import STACKED, Views, views_of
 from ..recurrent.step_program import ROWS, check_rows
@@ -41,9 +42,8 @@ def source_of(column: Sequence[Node | None]) -> Source:
     """
     found = [views_of(n) for n in column if n is not None]
     bases, views = [base for base, _ in found], found[0][1]
-    values = [n.meta.get("val") for n in bases]
-    first = values[0]
-    if not all(isinstance(v, Tensor) and v.dtype == first.dtype and v.shape == first.shape for v in values):
+    first: Any = bases[0].meta.get("val")
+    if not isinstance(first, Tensor) or len({value_text(n) for n in bases}) > 1:
         raise CannotRewrite("the blocks read values of different shapes or types", bases[0])
     if len({str(v) for _, v in found}) > 1:
         raise CannotRewrite("the blocks read different views", bases[0])

@@ -60,9 +60,7 @@ class Record:
     """What became of the forward pass of the blocks that were rewritten."""
 
 
-def rewrite(
-    graph: Graph, options: Options, *, keeps_records: bool = False, compiles: bool = False
-) -> Record:
+def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False, compiles: bool = False) -> Record:
     """Rewrite all chains of a joint graph in place.
 
     Nothing is changed before a chain's whole schedule is traced, so whatever goes wrong leaves it exact.
@@ -114,7 +112,11 @@ def rewrite(
     if is_rewritten:
         simplified(graph, multiply_unstacked)
         if uses_kernels(options):
-            simplified(graph, lambda g: done.forward.extend(fuse_forward(g, compiles=compiles)))
+
+            def fuse(graph: Graph) -> None:
+                done.forward = fuse_forward(graph, compiles=compiles)
+
+            simplified(graph, fuse)
     _write_last(graph)
     lap("simplify")
     return done

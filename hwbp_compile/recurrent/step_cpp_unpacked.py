@@ -4,8 +4,8 @@ long as a few rows' product with it."""
 from __future__ import annotations
 
 UNPACKED = """
-// out[r, c] = start[r, c] + sum_j x[r, j] * weight[c, j] for N rows and C columns; what is summed lies next to
-// one another in both factors.
+// out[r, c] = start[r, c] + sum_j x[r, j] * weight[c, j] for N rows and C columns; what is summed lies side
+// by side in both factors.
 template <int64_t N, int64_t C, int64_t K, bool START>
 static inline void dots_tile(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step,
                              const Real* start, int64_t start_step, Real* out, int64_t out_step) {
