@@ -19,7 +19,7 @@ from .control.program import Program
 from .control.variants import Variants
 from .options import Options, parse_options
 from .passes.apart import take_apart
-from .passes.pipeline import rewrite, simplified
+from .passes.pipeline import IsWatched, rewrite, simplified
 from .passes.record import drop_observations, new_records
 from .passes.row_gradients import join_row_gradients
 from .passes.worth import Comparison
@@ -112,7 +112,7 @@ def _compile_watched(
         graph_pass.stops = True
         try:
             run = _compat.compile_with_inductor(_compat.copy_dynamo_graph(gm), inputs, inductor, graph_pass)
-        except _IsWatched:
+        except IsWatched:
             graph_pass.stops = False
         else:
             graph_pass.records = False  # which the pass does not say of code from a cache
@@ -122,10 +122,6 @@ def _compile_watched(
         graph_pass.records = None
         run = _compat.compile_with_inductor(gm, inputs, inductor, graph_pass)
     return run
-
-
-class _IsWatched(BaseException):
-    """Ends a compilation by Inductor, which would take any other exception for a failure of its own."""
 
 
 class HighwayPass:
@@ -142,7 +138,7 @@ class HighwayPass:
         self.records: bool | None = None
         """Whether the backward pass writes to that memory; None while it is not known."""
         self.stops = False
-        """Whether a graph with anything to record ends the compilation."""
+        """Whether a graph in which anything is to be watched ends the compilation."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite ``graph`` in place; in one without a backward half there is little to do."""
@@ -151,12 +147,9 @@ class HighwayPass:
             drop_observations(graph)
             simplified(graph, join_row_gradients, take_apart)
             return
-        record = rewrite(graph, options, keeps_records=self.keeps_records, compiles=True)
-        writes = _compat.writes_in_backward(graph)
-        if writes and self.stops:
-            raise _IsWatched
+        record = rewrite(graph, options, keeps_records=self.keeps_records, compiles=True, stops=self.stops)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
-        self.records = bool(self.records) or writes
+        self.records = bool(self.records) or _compat.writes_in_backward(graph)
         log_record(record, graph)
 
     def uuid(self) -> Any:

@@ -457,7 +457,8 @@ def test_without_a_compiler_blocks_are_left_as_they_are(monkeypatch: pytest.Monk
 
 def test_explain_names_the_kernel() -> None:
     found = hwbp_compile.explain(model(), x_of(), options={"apply": "always", "codegen": "eager"})
-    assert f"the forward pass of {BLOCKS} blocks is one kernel" in str(found)
+    assert f"the forward pass of {BLOCKS} blocks is one kernel" in " ".join(str(found).split())
+    assert found.graphs[0].fused == (BLOCKS,)
     assert "hwbp_compile.blocks" in found.after[0]
 
 

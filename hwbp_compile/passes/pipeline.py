@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 _BY_STRIDES = {"aten::as_strided", "aten::as_strided_scatter"}
 
 
+class IsWatched(BaseException):
+    """Ends a compilation by Inductor, which would take any other exception for a failure of its own."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one chain: ``reason`` is empty if it was rewritten; ``new`` are its schedule's nodes."""
@@ -60,7 +64,14 @@ class Record:
     """What became of the forward pass of the blocks that were rewritten."""
 
 
-def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False, compiles: bool = False) -> Record:
+def rewrite(
+    graph: Graph,
+    options: Options,
+    *,
+    keeps_records: bool = False,
+    compiles: bool = False,
+    stops: bool = False,
+) -> Record:
     """Rewrite all chains of a joint graph in place.
 
     Nothing is changed before a chain's whole schedule is traced, so whatever goes wrong leaves it exact.
@@ -70,6 +81,10 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False, comp
         options: those in force.
         keeps_records: whether its last input is memory for :mod:`.record`.
         compiles: whether kernels of our own are compiled, as the graph is going to run.
+        stops: whether it ends where a chain is found whose iterations are to be watched.
+
+    Raises:
+        IsWatched: see ``stops``.
     """
     done = Record()
     clock = time.perf_counter()
@@ -98,7 +113,7 @@ def rewrite(graph: Graph, options: Options, *, keeps_records: bool = False, comp
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     chosen = None if options.chosen is None else options.chosen.over_depth
     of_chains = [options.for_chain(chosen, i) for i in range(len(found))]
-    done.outcomes = _outcomes(graph, found, of_chains, part, taken)
+    done.outcomes = _outcomes(graph, found, of_chains, part, taken, stops)
     lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes, backup)
@@ -219,6 +234,7 @@ def _outcomes(
     options: Sequence[Options],
     part: LinearPart,
     taken: set[Node],
+    stops: bool,
 ) -> list[Outcome]:
     """Trace the schedules of the chains, and decide which of them there are to be."""
     judged = [o.judged() if o.watch and o.apply == "auto" else o for o in options]
@@ -227,6 +243,8 @@ def _outcomes(
         for f, o, j in zip(found, options, judged, strict=True)
     ]
     planned = _worth_it(graph, planned, judged)
+    if stops and any(o.watch and not p.reason for o, p in zip(options, planned, strict=True)):
+        raise IsWatched
     return [
         replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison)
         if o.watch and not p.reason

@@ -139,8 +139,6 @@ def explain_capture(captured: Capture, options: Options, names: Names, notes: li
             cut = bool(captured.graph_breaks)
             chains.extend(analysis.chains(cut))
             graphs.append(analysis.report(frame.graph_break.reason if frame.graph_break else "", calls))
-            fused = [f for f in analysis.record.forward if not f.reason]
-            notes.extend(f"the forward pass of {f.blocks} blocks is one kernel" for f in fused)
             if not analysis.record.needs_gradient:
                 notes.append(f"no gradient needed: {_why_no_gradient()}")
             elif not analysis.record.outcomes and not frame.layers:
@@ -200,6 +198,7 @@ class _Analysis:
             seconds=dict(self.record.seconds),
             graph_break=graph_break,
             calls=calls,
+            fused=tuple(f.blocks for f in self.record.forward if not f.reason),
             before_module=self.before,
             after_module=self.after,
             roles=roles_of(self.outcomes, self.options, self.after.graph),

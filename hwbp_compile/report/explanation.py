@@ -151,6 +151,8 @@ class GraphReport:
     """What ended the graph, if not the end of the call."""
     calls: int = 1
     """How often it runs in one call of the model."""
+    fused: tuple[int, ...] = ()
+    """How many blocks each kernel is the forward pass of."""
     before_module: GraphModule | None = field(default=None, repr=False, compare=False)
     after_module: GraphModule | None = field(default=None, repr=False, compare=False)
     roles: Roles | None = field(default=None, repr=False, compare=False)
@@ -185,7 +187,7 @@ class GraphReport:
             "nodes_before": self.nodes_before, "nodes_after": self.nodes_after,
             "depth_before": self.depth_before, "depth_after": self.depth_after,
             "seconds": dict(self.seconds), "graph_break": self.graph_break,
-            "calls": self.calls,
+            "calls": self.calls, "fused": list(self.fused),
             "saved_before": [s.to_dict() for s in self.saved_before],
             "saved_after": [s.to_dict() for s in self.saved_after],
         }  # fmt: skip

@@ -104,10 +104,12 @@ def _remarks(number: int, chain: ChainReport) -> str:
 
 def _graph_line(index: int, graph: GraphReport) -> str:
     passes = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in graph.seconds.items())
+    forward = "".join(f"the forward pass of {blocks} blocks is one kernel; " for blocks in graph.fused)
     times = f" (runs {graph.calls} times; modules are those of the first)" if graph.calls > 1 else ""
     return (
         f"Graph {index}{times}: {graph.nodes_before} -> {graph.nodes_after} nodes, "
         f"heavy operators in sequence in the backward pass {graph.depth_before} -> {graph.depth_after}; "
+        f"{forward}"
         f"saved for it {_saved(graph.saved_before)} -> {_saved(graph.saved_after)}; "
         f"{passes}"
     )
