@@ -161,6 +161,19 @@ def _fake_mode(values: Sequence[torch.Tensor]) -> Any:
 
 
 @contextmanager
+def failures_are_expected() -> Iterator[None]:
+    """Inside, torch does not log that an operator does not fit the shapes it is traced with."""
+    from torch._subclasses import fake_tensor
+
+    log = fake_tensor.log
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextmanager
 def fake_mode_of(values: Sequence[torch.Tensor]) -> Iterator[None]:
     """The mode of these fake tensors, with nothing traced; plain tensors are taken as they are."""
     from torch.utils._python_dispatch import _disable_current_modes

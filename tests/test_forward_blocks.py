@@ -18,7 +18,7 @@ import hwbp_compile
 from hwbp_compile.errors import CannotRewrite
 from hwbp_compile.forward import blocks_op, fuse
 from hwbp_compile.forward.kernel_cpp import BlocksKernel
-from hwbp_compile.forward.step_text import program_of, text_of
+from hwbp_compile.forward.step_text import encoded, program_of
 from hwbp_compile.passes import pipeline
 from hwbp_compile.recurrent.step_program import ROWS
 
@@ -32,8 +32,10 @@ def _kernels_op_by_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
     """All else runs one operator after the other, which needs no compilation; no pass may fail."""
     monkeypatch.setattr(pipeline, "uses_kernels", lambda options: not options.watch)
     blocks_op._warn_once.cache_clear()
+    blocks_op._of.cache_clear()
     with caplog.at_level(logging.WARNING, "hwbp_compile"):
         yield
+    blocks_op._of.cache_clear()
     assert not [r for r in caplog.get_records("call") if "internal error" in r.getMessage()]
 
 
@@ -241,6 +243,113 @@ def test_blocks_read_an_input_of_the_model() -> None:
     check(Shared().double(), x_of(4, D), torch.randn(4, D).double())
 
 
+class Masked(nn.Module):
+    """Weights that are computed, and places that are computed for each block and row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+        self.register_buffer("mask", torch.rand(D, D) > 0.3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            y = F.linear(x, layer.weight * self.mask, layer.bias)
+            x = x + torch.tanh(y).masked_fill(condition > 0.1 * i, 0.5)
+        return x
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_blocks_read_computed_weights_and_masks(batch: int) -> None:
+    torch.manual_seed(0)
+    check(Masked().double(), x_of(batch, D), torch.randn(batch, D).double())
+
+
+class MaskedWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+        self.register_buffer("mask", torch.rand(D, D) > 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(F.linear(x, layer.weight * self.mask, layer.bias))
+        return x
+
+
+def test_computed_weights_as_tall_as_the_batch() -> None:
+    torch.manual_seed(0)
+    check(MaskedWeights().double(), x_of(D, D))
+
+
+class Columns(nn.Module):
+    """Blocks that read columns of one tensor, which are no rows of it."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+        self.columns = nn.Parameter(torch.randn(D, D if wide else BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, column in zip(self.layers, self.columns.unbind(1), strict=False):
+            x = x + torch.tanh(layer(x)) * column
+        return x
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_columns_are_not_taken_for_rows(wide: bool) -> None:
+    torch.manual_seed(0)
+    check(Columns(wide).double(), x_of(4, D))
+
+
+class Truths(nn.Module):
+    """What is true or false is computed of numbers that are neither 0 nor 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.g(x)
+        some = F.relu(g).bool() | torch.logical_not(F.relu(g - 0.2))
+        other = torch.logical_and(g, F.relu(g + 0.3)) & torch.logical_or(F.relu(g), F.relu(-g - 0.1))
+        return x + torch.tanh(self.f(x)) * some + torch.sin(self.f(x)) * other
+
+
+def test_truth_values_of_numbers() -> None:
+    torch.manual_seed(0)
+    check(nn.Sequential(*(Truths() for _ in range(BLOCKS))).double(), x_of(4, D))
+
+
+class Added(Truths):
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.g(x)
+        return x + torch.tanh(self.f(x)) * ((g > -0.5) + (g < 0.5))
+
+
+def test_sums_of_truth_values_are_left_to_the_compiler() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(*(Added() for _ in range(BLOCKS))).double()
+    assert "truth values" in reason(m, x_of(4, D))
+
+
+class Branches(nn.Module):
+    """Its states are read forward and backward only by what tells their sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+        self.f.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(F.leaky_relu(x))
+
+
+def test_signs_of_states_are_computed_of_the_states() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Linear(9, D), *(Branches() for _ in range(BLOCKS))).double()
+    check(m, x_of())
+
+
 class Towers(nn.Module):
     """Two chains, and a head that reads both."""
 
@@ -255,6 +364,31 @@ class Towers(nn.Module):
 def test_two_chains() -> None:
     torch.manual_seed(0)
     check(Towers().double(), x_of(4, D), runs=2)
+
+
+@pytest.mark.parametrize("blocks", [(6, 8), (8, 6)])
+def test_two_chains_one_after_the_other(blocks: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    first, second = ([Block(d=d) for _ in range(n)] for d, n in zip((D, 16), blocks, strict=True))
+    m = nn.Sequential(*first, nn.Linear(D, 16), *second).double()
+    check(m, x_of(4, D), runs=2, iterations=8)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("other", [0, -1])
+def test_a_block_at_an_end_is_different(frozen: bool, other: int) -> None:
+    """Gradients of its weights are computed with those of the others, from one stack."""
+    torch.manual_seed(0)
+    blocks = [Block(torch.tanh) for _ in range(BLOCKS + 2)]
+    blocks[other] = Block(F.silu)
+    blocks[0].down.weight.requires_grad_(not frozen)
+    m = nn.Sequential(*blocks).double()
+    expected = results(m, m, x_of(4, D))
+    with recorded() as records:
+        found = results(m, compiled(m, iterations=BLOCKS + 2), x_of(4, D))
+    assert [f.reason for r in records for f in r.forward] == [""]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
 
 
 class AllStates(nn.Module):
@@ -293,6 +427,44 @@ def test_states_that_are_returned_have_memory_of_their_own() -> None:
     found = torch.autograd.grad(loss, list(m.parameters()))
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w, rtol=1e-10, atol=1e-10)
+
+
+class Detached(nn.Module):
+    """Returns what comes out of each block, and some of what is inside, as views without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        inside = []
+        for layer in self.layers:
+            h = layer(x)
+            inside.append(h.detach())
+            x = x + torch.sigmoid(h) * torch.tanh(h)
+        return x, inside
+
+
+def test_what_is_returned_without_a_gradient_may_be_written_to() -> None:
+    torch.manual_seed(0)
+    m = Detached().double()
+    x = x_of(4, D)
+
+    def last(run: Callable[..., Any], write: bool) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            y, inside = run(x)
+            for h in inside if write else ():
+                h.zero_()
+            return y
+
+        return call
+
+    expected = results(m, last(m, write=False), x)
+    with recorded() as records:
+        found = results(m, last(compiled(m), write=True), x)
+    assert [f.reason for r in records for f in r.forward] == [""]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
 
 
 def test_output_may_be_written_to_before_the_backward_pass() -> None:
@@ -371,19 +543,21 @@ def test_large_weights_and_few_rows_are_left_to_the_compiler(monkeypatch: pytest
 
 
 class Checkpointed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
         super().__init__()
+        self.every = every
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if i % self.every else checkpoint(block, x, use_reentrant=False)
         return x
 
 
-def test_what_is_checkpointed_is_not_kept() -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_checkpointed_is_not_kept(every: int) -> None:
     torch.manual_seed(0)
-    m = Checkpointed().double()
+    m = Checkpointed(every).double()
     expected = results(m, m, x_of(4, D))
     with recorded() as records:
         found = results(m, compiled(m), x_of(4, D))
@@ -434,10 +608,9 @@ def test_without_a_compiler_operators_run(
     run = compiled(m)
     results(m, run, x_of())
 
-    def none(*_: object) -> None:
-        raise CannotRewrite("the kernel cannot be compiled: no compiler")
-
-    monkeypatch.setattr(blocks_op._Blocks, "kernel", none)
+    refusal = CannotRewrite("the kernel cannot be compiled: no compiler")
+    monkeypatch.setattr(blocks_op._Blocks, "kernel", refusal)
+    blocks_op._of.cache_clear()
     for _ in range(2):
         found = results(m, run, x_of())
         for f, e in zip(found, expected, strict=True):
@@ -462,13 +635,19 @@ def test_explain_names_the_kernel() -> None:
     assert "hwbp_compile.blocks" in found.after[0]
 
 
+def test_explain_of_half_precision() -> None:
+    m, x = model().bfloat16(), x_of().bfloat16()
+    found = hwbp_compile.explain(m, x, options={"apply": "always"})
+    assert found.graphs[0].fused == ()
+
+
 def test_a_step_is_the_same_after_it_was_text() -> None:
     with joint_graphs() as graphs:
         results(m := model(act=F.gelu), compiled(m), x_of())
     (node,) = [n for n in graphs[0].nodes if "hwbp_compile.blocks" in str(n.target)]
     known = blocks_op._of(node.args[2])
     program = known.program
-    again = program_of(text_of(program.graph, len(program.emitted), program.keep))
+    again = program_of(encoded(program.graph, len(program.emitted), program.keep))
     assert [str(n.target) for n in again.graph.nodes] == [str(n.target) for n in program.graph.nodes]
     assert program.shape(program.carry[0]) == (ROWS, D)
     assert known.blocks == BLOCKS

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ torch.library.define(
 
 
 def blocks_text(
-    step: str,
+    step: Sequence[Any],
     dtype: torch.dtype,
     blocks: int,
     rows: Sequence[Sequence[int] | None],
@@ -40,7 +41,7 @@ def blocks_text(
     """What the operator is told beside tensors.
 
     Args:
-        step: of :func:`.step_text.text_of`.
+        step: of :func:`.step_text.encoded`.
         dtype: of all values.
         blocks: how many there are.
         rows: per input of the step, the rows of one tensor that the blocks read, the last block's first; None
@@ -50,25 +51,37 @@ def blocks_text(
     Raises:
         CannotRewrite: there is no kernel.
     """
-    text = json.dumps([step, str(dtype).removeprefix("torch."), blocks, rows])
+    # Without quotation marks and backslashes, which not all generated code would hold as they are.
+    text = json.dumps([step, str(dtype).removeprefix("torch."), blocks, rows]).replace('"', "'")
     known = _of(text)
     with _compat.outside_of_tracing():
-        if compiles:
-            known.kernel()
-        else:
+        if not compiles:
             blocks_source(known.program, dtype)
+        elif isinstance(known.kernel, CannotRewrite):
+            raise known.kernel
     return text
 
 
 class _Blocks:
+    """What a text tells."""
+
     def __init__(self, text: str) -> None:
-        step, dtype, self.blocks, self.rows = json.loads(text)
+        step, dtype, self.blocks, self.rows = json.loads(text.replace("'", '"'))
         self.program: StepProgram = program_of(step)
         self.dtype: torch.dtype = getattr(torch, dtype)
 
-    @functools.cache  # noqa: B019 - as many as there are texts, which are held anyway
-    def kernel(self) -> BlocksKernel:
-        return BlocksKernel(self.program, self.dtype)
+    @functools.cached_property
+    def kernel(self) -> BlocksKernel | CannotRewrite:
+        """Compiled; or why there is none."""
+        try:
+            return BlocksKernel(self.program, self.dtype)
+        except CannotRewrite as refusal:
+            return refusal
+
+    @functools.cached_property
+    def step(self) -> GraphModule:
+        """One block, by torch's operators."""
+        return GraphModule(torch.nn.Module(), self.program.graph)
 
     def read(self, values: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """The tensors of each input."""
@@ -89,10 +102,9 @@ def _of(text: str) -> _Blocks:
 def _run(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
     known = _of(text)
     values = [x if x.is_contiguous() else x.contiguous() for x in values]
-    try:
-        kernel = known.kernel()
-    except CannotRewrite as refusal:  # where the code was compiled there was a compiler
-        _warn_once(refusal.reason)
+    kernel = known.kernel
+    if isinstance(kernel, CannotRewrite):  # where the code was compiled there was a compiler
+        _warn_once(kernel.reason)
         return _by_operators(known, state, known.read(values))
     addresses = joined([addresses_of(*each) for each in zip(known.read(values), known.rows, strict=True)])
     return kernel(state, addresses, known.blocks)
@@ -110,15 +122,15 @@ def _warn_once(reason: str) -> None:
 
 
 def _by_operators(known: _Blocks, state: Tensor, read: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    step = GraphModule(torch.nn.Module(), known.program.graph)
+    types = [n.meta["val"].dtype for n in known.program.inputs]
     states, emitted = [state], []
     with torch.no_grad(), _compat.without_autocast(state.device):
         for i in reversed(range(known.blocks)):
             own = [
-                tensors[i] if rows is None else tensors[0][rows[i]]
-                for tensors, rows in zip(read, known.rows, strict=True)
+                (tensors[i] if rows is None else tensors[0][rows[i]]).to(dtype)
+                for tensors, rows, dtype in zip(read, known.rows, types, strict=True)
             ]
-            state, *others = step(state, *own)
+            state, *others = known.step(state, *own)
             states.append(state)
             emitted.append(others)
         columns = [torch.stack(column[::-1]) for column in zip(*emitted, strict=True)]

@@ -6,8 +6,9 @@ compared with one of them, node by node.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,26 +42,33 @@ class ForwardBlocks:
         """The nodes of all blocks that correspond to one of the template; None where there is none."""
         return tuple(block.get(node) for block in self.blocks)
 
+    @functools.cached_property
+    def inside(self) -> frozenset[Node]:
+        """All nodes of the blocks."""
+        return frozenset(b[t] for b in self.blocks for t in self.template if t in b)
+
     @property
     def states(self) -> tuple[Node, ...]:
         """The last state, then those before it, and the first one."""
         return (*(b[self.exit] for b in self.blocks), self.blocks[-1][self.entry])
 
 
-def find_forward_blocks(graph: Graph) -> Iterator[ForwardBlocks]:
-    """The runs of blocks that stacks of the backward pass belong to, those of the longest stack first."""
+def find_forward_blocks(graph: Graph) -> list[ForwardBlocks]:
+    """The runs of blocks that stacks of the backward pass belong to, from the loss to the input."""
     late = dependent_on_tangents(graph)
     columns = [tuple(n.args[0]) for n in graph.nodes if _is_stack(n, late)]
     place = {node: i for i, node in enumerate(graph.nodes)}
     columns.sort(key=len, reverse=True)
     taken: set[Node] = set()
+    runs: list[ForwardBlocks] = []
     for column in columns:
         if not taken.isdisjoint(column):
             continue
         found = _blocks_of(column, [c for c in columns if taken.isdisjoint(c)], late, place)
         if found is not None:
-            taken.update(n for block in found.blocks for n in block.values())
-            yield found
+            taken.update(found.inside)
+            runs.append(found)
+    return sorted(runs, key=lambda found: place[found.states[0]], reverse=True)
 
 
 def _is_stack(node: Node, late: Collection[Node]) -> bool:

@@ -21,12 +21,15 @@ from .. import _compat
 from .. import stack_op as stack_op  # the operator
 from ..errors import CannotRewrite
 from ..passes.order import sort_topologically
+from ..passes.restack import is_returned
 from ..passes.row_gradients import call
+from ..passes.views import is_view
 from ..recurrent import own as own  # the operator
+from ..recurrent.step_cpp import TYPES
 from .blocks_op import blocks_text
 from .find import ForwardBlocks, find_forward_blocks
 from .kernel_cpp import threads_for
-from .program import Source, source_of, step_text
+from .program import Source, source_of, step_of
 
 STACK = torch.ops.hwbp_compile.stack.default
 MOST_ROWS = 32
@@ -52,6 +55,7 @@ def fuse_forward(graph: Graph, *, compiles: bool) -> list[Fused]:
     """
     if not _is_for_cpus(graph):
         return []
+    graph.eliminate_dead_code()
     done = []
     for blocks in find_forward_blocks(graph):
         reason = ""
@@ -59,9 +63,9 @@ def fuse_forward(graph: Graph, *, compiles: bool) -> list[Fused]:
             _fuse(graph, blocks, compiles)
         except CannotRewrite as refusal:
             reason = refusal.reason
+        else:
+            graph.eliminate_dead_code()  # or it would still read what comes before
         done.append(Fused(len(blocks.blocks), reason))
-    if any(not each.reason for each in done):
-        graph.eliminate_dead_code()
     return done
 
 
@@ -72,19 +76,23 @@ def _is_for_cpus(graph: Graph) -> bool:
 
 def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
     value = blocks.entry.meta["val"]
-    if any(n.meta.get("recompute") is not None for n in blocks.template):
+    if not isinstance(value, Tensor) or value.dtype not in TYPES or value.dim() < 2 or 0 in value.shape:
+        raise CannotRewrite("the state is no batch of float32 or float64")
+    if any(n.meta.get("recompute") is not None for n in blocks.inside):
         raise CannotRewrite("what is checkpointed is not to be kept")
-    rows = _compat.size_hint(value.shape[0]) if value.dim() else 0
+    rows = _compat.size_hint(value.shape[0])
     if rows > MOST_ROWS:
         raise CannotRewrite(f"the batch has more than {MOST_ROWS} rows, for which a library is faster")
     escaping = _escaping(blocks)
-    emitted = [n for n in _emitted_for(escaping, blocks) if n is not blocks.exit]
-    inside = inside_of(blocks)
-    keep = any(user not in inside for n in blocks.states[1:-1] for user in n.users)
+    needed = _needed_for(escaping, blocks)
+    emitted = [n for n in needed if n is not blocks.entry and n is not blocks.exit]
+    keep = len(emitted) < len(needed) or any(
+        user not in blocks.inside for n in blocks.states[1:-1] for user in n.users
+    )
     sources = [source_of(blocks.column(leaf)) for leaf in blocks.leaves]
     if threads_for(rows) < torch.get_num_threads() and sum(map(_bytes_of, sources)) > MOST_BYTES_ALONE:
         raise CannotRewrite("the weights are large and the rows few, for which a library is faster")
-    step = step_text(blocks, sources, emitted, keep=keep)
+    step = step_of(blocks, sources, emitted, keep=keep)
     places = [s.rows for s in sources]
     text = blocks_text(step, value.dtype, len(blocks.blocks), places, compiles=compiles)
     _Replacement(graph, blocks, emitted, keep).insert(sources, text, escaping)
@@ -94,31 +102,25 @@ def _bytes_of(source: Source) -> int:
     return _compat.size_hint(math.prod(source.shape)) * source.dtype.itemsize
 
 
-def inside_of(blocks: ForwardBlocks) -> set[Node]:
-    """All nodes of the blocks."""
-    return {b[t] for b in blocks.blocks for t in blocks.template if t in b}
-
-
 def _escaping(blocks: ForwardBlocks) -> list[Node]:
-    """The nodes of the template whose values are used outside of the blocks, besides the last state."""
-    inside = inside_of(blocks)
+    """The nodes of the template whose values are used outside of the blocks, besides the states."""
 
     def is_used(node: Node | None) -> bool:
-        return node is not None and any(user not in inside for user in node.users)
+        return node is not None and any(user not in blocks.inside for user in node.users)
 
     return [t for t in blocks.template if t is not blocks.exit and any(map(is_used, blocks.column(t)))]
 
 
-def _emitted_for(escaping: Sequence[Node], blocks: ForwardBlocks) -> list[Node]:
+def _needed_for(escaping: Sequence[Node], blocks: ForwardBlocks) -> list[Node]:
     """What the kernel has to return for these: of what is true or false, what it is computed from."""
     found: dict[Node, None] = {}
     waiting = list(escaping)
     while waiting:
         node = waiting.pop(0)
-        if _is_real(node, blocks):
+        if node is blocks.entry or _is_real(node, blocks):
             found.setdefault(node)
         elif _is_pointwise(node, blocks):
-            waiting.extend(n for n in node.all_input_nodes if n is not blocks.entry)
+            waiting.extend(node.all_input_nodes)
         else:
             raise CannotRewrite(
                 f"the backward pass reads {node.name}, which has no row for each of the batch", node
@@ -147,26 +149,35 @@ class _Replacement:
     def __init__(self, graph: Graph, blocks: ForwardBlocks, emitted: Sequence[Node], keep: bool) -> None:
         self._graph, self._blocks = graph, blocks
         self._emitted, self._keep = emitted, keep
-        self._inside = inside_of(blocks)
         self._stacks: dict[Node, Node] = {}
+        """For nodes of the template, the values of all blocks."""
 
     def insert(self, sources: Sequence[Source], text: str, escaping: Sequence[Node]) -> None:
         """Insert it, and have all others read its results."""
-        first, last = self._blocks.states[-1], self._blocks.states[0]
+        blocks = self._blocks
+        first, last = blocks.states[-1], blocks.states[0]
         (output,) = self._graph.find_nodes(op="output")
         with self._graph.inserting_before(output):
             values = [self._as_numbers(n) for s in sources for n in s.tensors]
             made = self._call(torch.ops.hwbp_compile.blocks.default, first, values, text)
             result, *others = (self._call(operator.getitem, made, i) for i in range(len(made.meta["val"])))
-            self._stacks.update(zip((*self._emitted, self._blocks.exit), others, strict=False))
+            self._stacks.update(zip(self._emitted, others, strict=False))
+            if self._keep:
+                self._keep_states(others[-1])
             for template in escaping:
-                self._replace(self._blocks.column(template), partial(self._stack, template))
+                self._replace(blocks.column(template), partial(self._stack, template))
             for user in list(last.users):
-                if user.target is not STACK and user not in self._inside:
+                if user.target is not STACK and user not in blocks.inside:
                     user.replace_input_with(last, result)
             if self._keep:
-                self._replace(self._blocks.states, lambda: self._stacks[self._blocks.exit])
+                self._replace(blocks.states, lambda: others[-1])
         sort_topologically(self._graph)
+
+    def _keep_states(self, states: Node) -> None:
+        """Of a block the one after it, and the one before."""
+        for node, start in ((self._blocks.exit, 0), (self._blocks.entry, 1)):
+            end = start + len(self._blocks.blocks)
+            self._stacks[node] = self._call(torch.ops.aten.slice.Tensor, states, 0, start, end)
 
     def _call(self, target: Any, *args: Any) -> Node:
         return call(self._graph, target, args, like=self._blocks.states[0])
@@ -180,9 +191,6 @@ class _Replacement:
 
     def _stack(self, node: Node) -> Node:
         """Of the values of all blocks."""
-        if node is self._blocks.entry:
-            states = self._stacks[self._blocks.exit]
-            return self._call(torch.ops.aten.slice.Tensor, states, 0, 1, len(self._blocks.blocks) + 1)
         if node not in self._stacks:
             args = map_arg(node.args, self._stack)
             self._stacks[node] = call(self._graph, node.target, args, like=node, **node.kwargs)
@@ -192,17 +200,20 @@ class _Replacement:
         """Have what reads values of the blocks read these rows of a stack."""
         row = {n: i for i, n in enumerate(column) if n is not None}
         for node, i in row.items():
-            for user in [u for u in node.users if u not in self._inside]:
+            for user in [u for u in node.users if u not in self._blocks.inside]:
                 stacked: Any = user.args[0] if user.target is STACK else ()
                 rows = [row.get(n, -1) for n in stacked]
-                if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+                if rows and rows[0] >= 0 and rows == list(range(rows[0], rows[0] + len(rows))):
                     part = stack()
                     if len(rows) < len(column):
                         part = self._call(torch.ops.aten.slice.Tensor, part, 0, rows[0], rows[-1] + 1)
+                    if part.meta["val"].shape != user.meta["val"].shape:
+                        raise AssertionError(f"{part} cannot take the place of {user}.")
                     user.replace_all_uses_with(part)
-                    user.args = ([part],)  # it is no reader any more
+                    self._graph.erase_node(user)
                 elif node is not self._blocks.states[-1]:
                     value = self._call(torch.ops.aten.select.int, stack(), 0, i)
-                    if user.op == "output":  # which may be written to by the user
+                    if user.op == "output" or (is_view(user) and is_returned(user)):
+                        # The user may write to it, and the backward pass reads the stack.
                         value = self._call(torch.ops.hwbp_compile.own.default, value)
                     user.replace_input_with(node, value)

@@ -12,13 +12,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .. import _compat
+from .. import rows_op as rows_op  # the operator
 from ..errors import CannotRewrite
 from ..passes.classes import value_text
 from ..passes.linear_ops import op_name
-from ..passes.views import STACKED, Views, views_of
+from ..passes.views import STACKED, Views, row_of, views_of
 from ..recurrent.step_program import ROWS, check_rows
 from .find import ForwardBlocks
-from .step_text import text_of
+from .step_text import encoded
 
 
 @dataclass(frozen=True)
@@ -58,27 +59,23 @@ def source_of(column: Sequence[Node | None]) -> Source:
 
 def _row(node: Node) -> tuple[Node | None, int]:
     """Of which tensor a node is which row, or a copy of it; None if it is not."""
-    name = op_name(node) if node.op == "call_function" else ""
-    base, row = (node.args[0], node.args[-1]) if name in ("aten::select", "getitem") else (None, None)
-    if name == "getitem" and isinstance(base, Node):
-        is_apart = op_name(base) in ("hwbp_compile::rows", "aten::unbind")
-        base = base.args[0] if is_apart and base.args[1:] in ((), (0,), (False,), (True,)) else None
-    elif name == "aten::select" and node.args[1] != 0:
-        base = None
-    if not isinstance(base, Node) or not isinstance(row, int):
-        return None, 0
-    size = base.meta["val"].shape[0]
-    return (base, row % size) if isinstance(size, int) else (None, 0)
+    if (row := row_of(node)) is not None:
+        return (None, 0) if row.views else (row.base, row.row)
+    source: Any = node.args[0] if op_name(node) == "getitem" else None
+    if isinstance(source, Node) and source.target is torch.ops.hwbp_compile.rows.default:
+        (base,) = source.all_input_nodes
+        return base, node.args[1]  # type: ignore[return-value]
+    return None, 0
 
 
-def step_text(
+def step_of(
     blocks: ForwardBlocks, sources: Sequence[Source], emitted: Sequence[Node], *, keep: bool
-) -> str:
-    """The step of the blocks as text; see :func:`.step_text.text_of`.
+) -> list[Any]:
+    """The step of the blocks; see :func:`.step_text.encoded`.
 
     Args:
         blocks: what was found.
-        sources: of its leaves. What is true or false is taken for 1 and 0 of the state's dtype.
+        sources: of its leaves.
         emitted: nodes of the template whose values are returned for each block.
         keep: whether all states are.
 
@@ -90,15 +87,18 @@ def step_text(
         raise CannotRewrite("the state is no contiguous tensor with a batch", blocks.entry)
     if any(s.dtype not in (state.dtype, torch.bool) for s in sources):
         raise CannotRewrite("the blocks read values of another type than their state", blocks.entry)
-    reason: Exception | None = None
+    refusal: CannotRewrite | None = None
     for rows in _with_rows(state.shape[0], sources):
         try:
-            return _traced(blocks, sources, rows, emitted, keep)
-        except CannotRewrite:
-            raise
+            with _compat.failures_are_expected():
+                return _traced(blocks, sources, rows, emitted, keep)
+        except CannotRewrite as error:
+            refusal = refusal or error
         except Exception as error:  # the operators do not fit together for these shapes
-            reason = reason or error
-    raise CannotRewrite(f"the blocks cannot be traced for a batch of any size ({type(reason).__name__})")
+            why = f"the blocks cannot be traced for a batch of any size ({type(error).__name__})"
+            refusal = refusal or CannotRewrite(why)
+    assert refusal is not None
+    raise refusal
 
 
 def _with_rows(batch: Any, sources: Sequence[Source]) -> Iterator[list[bool]]:
@@ -119,7 +119,7 @@ def _traced(
     rows: Sequence[bool],
     emitted: Sequence[Node],
     keep: bool,
-) -> str:
+) -> list[Any]:
     state = blocks.entry.meta["val"]
     batch = state.shape[0]
 
@@ -140,9 +140,9 @@ def _traced(
         return torch.empty((), dtype=dtype).expand([ROWS, *shape[1:]] if rows else list(shape))
 
     values = [like(state.shape, state.dtype, True)]
-    values += [like(s.shape, state.dtype, r) for s, r in zip(sources, rows, strict=True)]
+    values += [like(s.shape, s.dtype, r) for s, r in zip(sources, rows, strict=True)]
     traced = _compat.trace_shapes(evaluate, [], values)
-    return text_of(traced.graph, len(emitted), keep)
+    return encoded(traced.graph, len(emitted), keep)
 
 
 def _check(node: Node, value: Any, batch: Any) -> None:

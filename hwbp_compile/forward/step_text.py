@@ -1,9 +1,8 @@
-"""The step from one state to the next as text, so that code compiled in another process finds its kernel."""
+"""The step from one state to the next as plain data, which compiled code holds to find its kernel."""
 
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +17,8 @@ from ..recurrent.step_program import StepProgram
 _NAMED = (torch.dtype, torch.memory_format, torch.layout)
 
 
-def text_of(graph: Graph, emitted: int, keep: bool) -> str:
-    """Of a graph that returns a state and what is emitted besides.
+def encoded(graph: Graph, emitted: int, keep: bool) -> list[Any]:
+    """A graph that returns a state and what is emitted besides, as lists, numbers and strings.
 
     Args:
         graph: its first placeholder is the state; the others are what a block has of its own.
@@ -27,7 +26,7 @@ def text_of(graph: Graph, emitted: int, keep: bool) -> str:
         keep: whether all states are returned, not only the last one.
 
     Raises:
-        CannotRewrite: an argument of an operator has no text.
+        CannotRewrite: an argument of an operator cannot be told so.
     """
     index = {node: i for i, node in enumerate(graph.nodes)}
     lines: list[Any] = []
@@ -39,12 +38,12 @@ def text_of(graph: Graph, emitted: int, keep: bool) -> str:
             target = "getitem" if node.target is operator.getitem else str(node.target)
             lines.append([target, _encoded(node.args, index), _encoded(node.kwargs, index)])
     (results,) = next(n for n in graph.nodes if n.op == "output").args
-    return json.dumps([lines, _encoded(results, index), emitted, keep])
+    return [lines, _encoded(results, index), emitted, keep]
 
 
-def program_of(text: str) -> StepProgram:
-    """What :func:`text_of` was given."""
-    lines, results, emitted, keep = json.loads(text)
+def program_of(step: Sequence[Any]) -> StepProgram:
+    """What :func:`encoded` was given."""
+    lines, results, emitted, keep = step
     graph = Graph()
     nodes: list[Node] = []
     with _compat.outside_of_tracing(), torch.inference_mode(False), torch.no_grad():

@@ -243,7 +243,8 @@ def _outcomes(
         for f, o, j in zip(found, options, judged, strict=True)
     ]
     planned = _worth_it(graph, planned, judged)
-    if stops and any(o.watch and not p.reason for o, p in zip(options, planned, strict=True)):
+    chains = [isinstance(p.found, Chain) and not p.reason for p in planned]
+    if stops and any(o.watch and is_one for o, is_one in zip(options, chains, strict=True)):
         raise IsWatched
     return [
         replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison)

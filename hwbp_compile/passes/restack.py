@@ -70,7 +70,7 @@ def _replace(graph: Graph, node: Node, rows: list[Row]) -> bool:
     owner = rows[0].base
     while owner.op == "call_function" and is_view(owner):
         owner = owner.all_input_nodes[0]
-    if _returned(node) and (not is_backward(owner) or _returned(owner, besides=node)):
+    if is_returned(node) and (not is_backward(owner) or is_returned(owner, besides=node)):
         return False  # what is handed out must not share its memory with anything else
     for old in replaced:
         old.replace_all_uses_with(made)
@@ -82,7 +82,7 @@ def _is_laid_out_like(a: Node, b: Node) -> bool:
     return (x.is_contiguous() and y.is_contiguous()) or same_strides(x, y)
 
 
-def _returned(node: Node, besides: Node | None = None) -> bool:
+def is_returned(node: Node, besides: Node | None = None) -> bool:
     """Whether the graph returns a node, or a view of it."""
     seen, stack = {node}, [node]
     while stack:

@@ -24,6 +24,12 @@ COPIES = aten("clone alias detach contiguous lift_fresh_copy") | {"prims::view_o
 """Of them those that change nothing at all."""
 
 RESHAPES = aten("view _unsafe_view reshape")
+CONVERSIONS = {"prims::convert_element_type", "aten::_to_copy"}
+GIVE_TRUTH = aten(
+    "eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not mul "
+    "maximum minimum where cat amax amin"
+)
+"""Operators that give 0 or 1 if what they are given is so; of two of these, a sum would be 2."""
 
 
 def number(x: Any) -> str:
@@ -58,6 +64,11 @@ def _clamp(x: str, low: Any = None, high: Any = None) -> str:
 
 def _true(x: str) -> str:
     return f"({x} != Vec(0))"
+
+
+def truth(x: str) -> str:
+    """1 for what is not 0, of any value."""
+    return f"Vec({x}).ne(Vec(0))"
 
 
 _METHODS = (
@@ -95,11 +106,11 @@ POINTWISE: dict[str, Callable[..., str]] = {
     "clamp_max": lambda x, high: _clamp(x, None, high),
     "pow": lambda a, b: f"{a} * {a}" if b == "Vec(Real(2))" else f"{a}.pow({b})",
     "where": lambda c, a, b: f"Vec::blendv({b}, {a}, {_true(c)})",
-    "logical_and": lambda a, b: f"{a} * {b}",
+    "logical_and": lambda a, b: f"{truth(a)} * {truth(b)}",
     "bitwise_and": lambda a, b: f"{a} * {b}",
-    "logical_or": lambda a, b: f"at::vec::maximum({a}, {b})",
+    "logical_or": lambda a, b: f"at::vec::maximum({truth(a)}, {truth(b)})",
     "bitwise_or": lambda a, b: f"at::vec::maximum({a}, {b})",
-    "logical_not": lambda x: f"Vec(1) - {x}",
+    "logical_not": lambda x: f"Vec({x}).eq(Vec(0))",
     "bitwise_not": lambda x: f"Vec(1) - {x}",
     "addcmul": lambda c, a, b, value=1: f"{c} + {_scaled(f'{a} * {b}', value)}",
     **{name: (lambda method: lambda x: f"{x}.{method}()")(name) for name in _METHODS},

@@ -14,7 +14,18 @@ from torch.fx import Node
 from ..errors import CannotRewrite
 from ..passes.linear_ops import nodes_in, op_name
 from .step_layout import ROWS_STRIDE, Value, align, collapse, compact, placed_rows, row_size
-from .step_operators import COPIES, PLUS, POINTWISE, REDUCTIONS, RESHAPES, VIEWS, number
+from .step_operators import (
+    CONVERSIONS,
+    COPIES,
+    GIVE_TRUTH,
+    PLUS,
+    POINTWISE,
+    REDUCTIONS,
+    RESHAPES,
+    VIEWS,
+    number,
+    truth,
+)
 from .step_program import ROWS, StepProgram, check_rows
 
 _WRITERS = {"aten::cat", "aten::mm", "aten::addmm", *REDUCTIONS}
@@ -121,11 +132,13 @@ class StepSource:
             chosen = op_name(node) == "aten::where" and value.dtype in (torch.int64, torch.int32)
             if not isinstance(value, Tensor) or not (chosen or value.dtype in (self._dtype, torch.bool)):
                 raise CannotRewrite(f"{node.target} makes values of another type", node)
+            if value.dtype == torch.bool and op_name(node) not in (*GIVE_TRUTH, *VIEWS, "getitem"):
+                raise CannotRewrite(f"{node.target} of truth values has no translation", node)
             check_rows(node, value)
 
     def _write(self, node: Node) -> None:
         name = op_name(node)
-        if name in POINTWISE:
+        if name in POINTWISE or _becomes_truth(node):
             self._pointwise(node)
             return
         if node.target is operator.getitem:
@@ -166,7 +179,7 @@ class StepSource:
     def _view(self, node: Node) -> None:
         source = node.args[0]
         assert isinstance(source, Node)
-        if op_name(node) == "prims::convert_element_type" or op_name(node) == "aten::_to_copy":
+        if op_name(node) in CONVERSIONS:
             if source.meta["val"].dtype not in (self._dtype, torch.bool):
                 raise CannotRewrite(f"{node.target} converts from another type", node)
             self._values[node] = self._value(source)
@@ -242,6 +255,8 @@ class StepSource:
                 return names[x]
             return x if x is None else f"Vec({number(x)})"
 
+        if _becomes_truth(node):
+            return truth(argument(node.args[0]))
         plain = {"alpha", "value", "rounding_mode"}
         kwargs = {k: v if k in plain else argument(v) for k, v in node.kwargs.items()}
         try:
@@ -504,6 +519,13 @@ class StepSource:
             if not place.is_at(value):
                 self._copy(value, place)
         self._values[node] = out
+
+
+def _becomes_truth(node: Node) -> bool:
+    """Whether it converts numbers to truth values."""
+    if op_name(node) not in CONVERSIONS or node.meta["val"].dtype != torch.bool:
+        return False
+    return node.all_input_nodes[0].meta["val"].dtype != torch.bool
 
 
 def _source(node: Node, through: Collection[str] = COPIES) -> Node:
