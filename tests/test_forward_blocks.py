@@ -374,6 +374,54 @@ def test_two_chains_one_after_the_other(blocks: tuple[int, int]) -> None:
     check(m, x_of(4, D), runs=2, iterations=8)
 
 
+class Trunk(nn.Module):
+    """A second chain that begins at a state of the first one, without a gradient for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch = (nn.ModuleList(Block() for _ in range(n)) for n in (10, BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i, block in enumerate(self.trunk):
+            x = block(x)
+            if i == 4:
+                y = x.detach()
+                for other in self.branch:
+                    y = other(y)
+        return x * y.sin()
+
+
+def test_a_chain_that_begins_inside_of_another() -> None:
+    torch.manual_seed(0)
+    m, x = Trunk().double(), x_of(4, D)
+    expected = results(m, m, x)
+    with recorded() as records:
+        found = results(m, compiled(m, iterations=20), x)
+    assert [(f.blocks, f.reason) for r in records for f in r.forward] == [(10, ""), (BLOCKS, "")]
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+
+
+class Reading(nn.Module):
+    """A chain each block of which reads a state of another chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS)) for _ in range(2))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + torch.tanh(f(a)) * b.detach()
+            b = b + torch.tanh(g(b))
+        return a * b
+
+
+def test_a_chain_that_reads_the_states_of_another() -> None:
+    torch.manual_seed(0)
+    check(Reading().double(), x_of(4, D), x_of(4, D).cos(), runs=2)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("other", [0, -1])
 def test_a_block_at_an_end_is_different(frozen: bool, other: int) -> None:
@@ -608,8 +656,7 @@ def test_without_a_compiler_operators_run(
     run = compiled(m)
     results(m, run, x_of())
 
-    refusal = CannotRewrite("the kernel cannot be compiled: no compiler")
-    monkeypatch.setattr(blocks_op._Blocks, "kernel", refusal)
+    monkeypatch.setattr(blocks_op._Blocks, "kernel", "the kernel cannot be compiled: no compiler")
     blocks_op._of.cache_clear()
     for _ in range(2):
         found = results(m, run, x_of())

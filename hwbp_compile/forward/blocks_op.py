@@ -57,8 +57,8 @@ def blocks_text(
     with _compat.outside_of_tracing():
         if not compiles:
             blocks_source(known.program, dtype)
-        elif isinstance(known.kernel, CannotRewrite):
-            raise known.kernel
+        elif isinstance(known.kernel, str):
+            raise CannotRewrite(known.kernel)
     return text
 
 
@@ -71,12 +71,12 @@ class _Blocks:
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     @functools.cached_property
-    def kernel(self) -> BlocksKernel | CannotRewrite:
+    def kernel(self) -> BlocksKernel | str:
         """Compiled; or why there is none."""
         try:
             return BlocksKernel(self.program, self.dtype)
         except CannotRewrite as refusal:
-            return refusal
+            return refusal.reason
 
     @functools.cached_property
     def step(self) -> GraphModule:
@@ -103,8 +103,8 @@ def _run(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
     known = _of(text)
     values = [x if x.is_contiguous() else x.contiguous() for x in values]
     kernel = known.kernel
-    if isinstance(kernel, CannotRewrite):  # where the code was compiled there was a compiler
-        _warn_once(kernel.reason)
+    if isinstance(kernel, str):  # where the code was compiled there was a compiler
+        _warn_once(kernel)
         return _by_operators(known, state, known.read(values))
     addresses = joined([addresses_of(*each) for each in zip(known.read(values), known.rows, strict=True)])
     return kernel(state, addresses, known.blocks)

@@ -65,8 +65,8 @@ def find_forward_blocks(graph: Graph) -> list[ForwardBlocks]:
         if not taken.isdisjoint(column):
             continue
         found = _blocks_of(column, [c for c in columns if taken.isdisjoint(c)], late, place)
-        if found is not None:
-            taken.update(found.inside)
+        if found is not None and taken.isdisjoint(found.inside):
+            taken |= found.inside
             runs.append(found)
     return sorted(runs, key=lambda found: place[found.states[0]], reverse=True)
 

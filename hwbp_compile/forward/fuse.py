@@ -55,18 +55,27 @@ def fuse_forward(graph: Graph, *, compiles: bool) -> list[Fused]:
     """
     if not _is_for_cpus(graph):
         return []
-    graph.eliminate_dead_code()
-    done = []
+    done: list[Fused] = []
+    refused: set[Node] = set()
+    while (blocks := _fuse_next(graph, done, refused, compiles)) is not None:
+        done.append(Fused(len(blocks.blocks), ""))
+    return done
+
+
+def _fuse_next(graph: Graph, done: list[Fused], refused: set[Node], compiles: bool) -> ForwardBlocks | None:
+    """Fuse one run of blocks, so that others have to be found anew; what cannot be is ``refused``."""
+    graph.eliminate_dead_code()  # or it would still read what comes before
     for blocks in find_forward_blocks(graph):
-        reason = ""
+        if blocks.states[0] in refused:
+            continue
         try:
             _fuse(graph, blocks, compiles)
         except CannotRewrite as refusal:
-            reason = refusal.reason
+            refused.add(blocks.states[0])
+            done.append(Fused(len(blocks.blocks), refusal.reason))
         else:
-            graph.eliminate_dead_code()  # or it would still read what comes before
-        done.append(Fused(len(blocks.blocks), reason))
-    return done
+            return blocks
+    return None
 
 
 def _is_for_cpus(graph: Graph) -> bool:
@@ -167,7 +176,8 @@ class _Replacement:
             for template in escaping:
                 self._replace(blocks.column(template), partial(self._stack, template))
             for user in list(last.users):
-                if user.target is not STACK and user not in blocks.inside:
+                is_kept = self._keep and user.target is STACK
+                if not is_kept and user not in blocks.inside:
                     user.replace_input_with(last, result)
             if self._keep:
                 self._replace(blocks.states, lambda: others[-1])
@@ -192,8 +202,8 @@ class _Replacement:
     def _stack(self, node: Node) -> Node:
         """Of the values of all blocks."""
         if node not in self._stacks:
-            args = map_arg(node.args, self._stack)
-            self._stacks[node] = call(self._graph, node.target, args, like=node, **node.kwargs)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), self._stack)
+            self._stacks[node] = call(self._graph, node.target, args, like=node, **kwargs)
         return self._stacks[node]
 
     def _replace(self, column: Sequence[Node | None], stack: Callable[[], Node]) -> None:

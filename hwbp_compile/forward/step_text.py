@@ -85,6 +85,8 @@ def _encoded(argument: Any, index: dict[Node, int]) -> Any:
         return {"torch": str(argument).removeprefix("torch.")}
     if isinstance(argument, torch.device):
         return {"device": str(argument)}
+    if isinstance(argument, str) and not argument.replace("_", "").isalnum():
+        raise CannotRewrite(f"an argument is the text {argument!r}")
     if argument is None or type(argument) in (bool, int, float, str):
         return argument
     raise CannotRewrite(f"an argument of the type {type(argument).__name__} is not fixed")

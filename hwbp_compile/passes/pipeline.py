@@ -127,11 +127,12 @@ def rewrite(
     if is_rewritten:
         simplified(graph, multiply_unstacked)
         if uses_kernels(options):
+            fused: list[Fused] = []
 
             def fuse(graph: Graph) -> None:
-                done.forward = fuse_forward(graph, compiles=compiles)
+                fused.extend(fuse_forward(graph, compiles=compiles))
 
-            simplified(graph, fuse)
+            done.forward = fused if simplified(graph, fuse) else []
     _write_last(graph)
     lap("simplify")
     return done
@@ -163,13 +164,16 @@ def prepare(graph: Graph, *, backup: Graph | None = None) -> None:
     simplified(graph, read_as_values, join_row_gradients, backup=backup)
 
 
-def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> None:
+def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph | None = None) -> bool:
     """Apply passes that the result does not depend on; nothing happens if one of them fails.
 
     Args:
         graph: changed in place.
         passes: one after the other.
         backup: a copy of a graph that computes the same, to go back to; by default one that is made here.
+
+    Returns:
+        Whether they were applied.
     """
     backup = _compat.copy_graph(graph) if backup is None else backup
     try:
@@ -182,6 +186,8 @@ def simplified(graph: Graph, *passes: Callable[[Graph], object], backup: Graph |
         names = ", ".join(each.__name__ for each in passes)
         log.warning("%s: left out after an internal error.", names, exc_info=True)
         _compat.restore_graph(graph, backup)
+        return False
+    return True
 
 
 def _record(graph: Graph, outcomes: list[Outcome], keep: bool) -> None:
