@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
-from step_programs import STEP_CASES, arguments, of_library, run_steps
+from step_programs import STEP_CASES, StepCase, arguments, of_library, run_steps
+from torch import Tensor
 
 from hwbp_compile import _compat
 from hwbp_compile.recurrent.step_cpp import CppRecurrence
@@ -16,8 +19,12 @@ ULP = 2.0**-23
 
 @pytest.mark.parametrize("name", ["lstm 6", "gru 16", "block gru", "layer norm lstm", "s lstm"])
 def test_programs(name: str) -> None:
+    check_programs(STEP_CASES[name])
+
+
+def check_programs(case: StepCase) -> None:
     """Sums over rows of one step, of several, and of a last group that is not full; also on two threads."""
-    for program, reverse in STEP_CASES[name].programs(torch.float64, on_the_way=True):
+    for program, reverse in case.programs(torch.float64, on_the_way=True):
         kernel = CppRecurrence(program, torch.float64, reverse=reverse)
         for steps, batch, threads in ((1, 1, 1), (7, 40, 1), (37, 3, 2), (70, 1, 2)):
             given = arguments(program, steps, batch)
@@ -30,6 +37,18 @@ def test_programs(name: str) -> None:
             expected = run_steps(program, given, batch, reverse=reverse)
             for x, y in zip(found, expected, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+
+def test_truth_values_of_numbers() -> None:
+    """Numbers that are neither 0 nor 1 are true."""
+
+    def step(carry: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        (h,), (x,), (w, u) = carry, inputs, weights
+        g = x @ w
+        some = torch.logical_or(torch.relu(g).bool(), torch.logical_not(torch.relu(g - 0.2)))
+        return [0.5 * h + torch.tanh(h @ u) * torch.logical_and(some, torch.relu(g + 0.3))]
+
+    check_programs(StepCase(step, 1, 6, ((3, 6), (6, 6))))
 
 
 def test_a_kernel_multiplies_narrow_inputs_by_itself() -> None:
