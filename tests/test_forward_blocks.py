@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from hwbp_compile.forward import blocks_op, fuse
 from hwbp_compile.forward.kernel_cpp import BlocksKernel
 from hwbp_compile.forward.step_text import encoded, program_of
 from hwbp_compile.passes import pipeline
+from hwbp_compile.passes.pipeline import Record
 from hwbp_compile.recurrent.step_program import ROWS
 
 D, HIDDEN, BLOCKS, BATCH = 24, 40, 6, 5
@@ -102,15 +106,23 @@ def results(m: nn.Module, run: Callable[..., Any], *inputs: Tensor) -> list[Tens
     return [y, *(torch.zeros_like(x) if x.grad is None else x.grad.clone() for x in values)]
 
 
+def equal(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-11) -> None:
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance)
+
+
+def reasons(records: Sequence[Record]) -> list[str]:
+    """Of each run of blocks why it is not one kernel; empty if it is."""
+    return [f.reason for r in records for f in r.forward]
+
+
 def check(m: nn.Module, *inputs: Tensor, runs: int = 1, tolerance: float = 1e-11, **options: Any) -> None:
     """Output and gradients are those of eager torch, and so many runs of blocks are one kernel each."""
     expected = results(m, m, *inputs)
     with recorded() as records:
         found = results(m, compiled(m, **options), *inputs)
-    forward = [f for r in records for f in r.forward]
-    assert [f.reason for f in forward] == [""] * runs
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=tolerance, atol=tolerance)
+    assert reasons(records) == [""] * runs
+    equal(found, expected, tolerance)
 
 
 def reason(m: nn.Module, *inputs: Tensor) -> str:
@@ -118,9 +130,8 @@ def reason(m: nn.Module, *inputs: Tensor) -> str:
     expected = results(m, m, *inputs)
     with recorded() as records:
         found = results(m, compiled(m), *inputs)
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
-    (why,) = {f.reason for r in records for f in r.forward}
+    equal(found, expected, 1e-10)
+    (why,) = set(reasons(records))
     assert why
     return why
 
@@ -186,8 +197,7 @@ def test_fewer_iterations_have_the_same_gradients_as_without_the_kernel(
     torch._dynamo.reset()
     monkeypatch.setattr(pipeline, "uses_kernels", lambda options: False)
     expected = results(m, compiled(m, iterations=k), x_of())
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+    equal(found, expected)
 
 
 def test_blocks_read_rows_of_stacked_parameters() -> None:
@@ -197,7 +207,7 @@ def test_blocks_read_rows_of_stacked_parameters() -> None:
     with recorded() as records, joint_graphs() as graphs:
         found = results(m, compiled(m), x_of())[1:2]
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    assert [f.reason for r in records for f in r.forward] == [""]
+    assert reasons(records) == [""]
     (node,) = [n for n in graphs[0].nodes if "hwbp_compile.blocks" in str(n.target)]
     assert len(node.args[1]) == 6  # weights, biases, and those of the norm
     hwbp_compile.unstack_parameters(m)
@@ -205,17 +215,24 @@ def test_blocks_read_rows_of_stacked_parameters() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-11)
 
 
-class Conditioned(nn.Module):
+class Layers(nn.Module):
+    """As many linear layers as there are blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
+
+
+class Conditioned(Layers):
     """Blocks that read a tensor with a row for each of the batch, and one weight that they all share."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
         self.shared = nn.Parameter(torch.randn(D, D) / D)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = x + torch.tanh(block(x) + (condition * (i + 1)).sin() + x @ self.shared)
+        for i, layer in enumerate(self.layers):
+            x = x + torch.tanh(layer(x) + (condition * (i + 1)).sin() + x @ self.shared)
         return x
 
 
@@ -225,16 +242,12 @@ def test_blocks_read_tensors_with_rows_and_shared_ones(batch: int) -> None:
     check(Conditioned().double(), x_of(batch, D), torch.randn(batch, D).double())
 
 
-class Shared(nn.Module):
+class Shared(Layers):
     """One input of the model that all blocks read as it is."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
-
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + torch.tanh(block(x) * condition)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x) * condition)
         return x
 
 
@@ -243,17 +256,28 @@ def test_blocks_read_an_input_of_the_model() -> None:
     check(Shared().double(), x_of(4, D), torch.randn(4, D).double())
 
 
-class Masked(nn.Module):
-    """Weights that are computed, and places that are computed for each block and row."""
+class MaskedWeights(Layers):
+    """Weights that are computed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
         self.register_buffer("mask", torch.rand(D, D) > 0.3)
+
+    def masked(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight * self.mask, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(self.masked(layer, x))
+        return x
+
+
+class Masked(MaskedWeights):
+    """And places that are computed for each block and row."""
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         for i, layer in enumerate(self.layers):
-            y = F.linear(x, layer.weight * self.mask, layer.bias)
+            y = self.masked(layer, x)
             x = x + torch.tanh(y).masked_fill(condition > 0.1 * i, 0.5)
         return x
 
@@ -264,29 +288,16 @@ def test_blocks_read_computed_weights_and_masks(batch: int) -> None:
     check(Masked().double(), x_of(batch, D), torch.randn(batch, D).double())
 
 
-class MaskedWeights(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
-        self.register_buffer("mask", torch.rand(D, D) > 0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(F.linear(x, layer.weight * self.mask, layer.bias))
-        return x
-
-
 def test_computed_weights_as_tall_as_the_batch() -> None:
     torch.manual_seed(0)
     check(MaskedWeights().double(), x_of(D, D))
 
 
-class Columns(nn.Module):
+class Columns(Layers):
     """Blocks that read columns of one tensor, which are no rows of it."""
 
     def __init__(self, wide: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
         self.columns = nn.Parameter(torch.randn(D, D if wide else BLOCKS))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -399,8 +410,7 @@ def test_a_chain_that_begins_inside_of_another() -> None:
     with recorded() as records:
         found = results(m, compiled(m, iterations=20), x)
     assert [(f.blocks, f.reason) for r in records for f in r.forward] == [(10, ""), (BLOCKS, "")]
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    equal(found, expected, 1e-10)
 
 
 class Reading(nn.Module):
@@ -434,9 +444,8 @@ def test_a_block_at_an_end_is_different(frozen: bool, other: int) -> None:
     expected = results(m, m, x_of(4, D))
     with recorded() as records:
         found = results(m, compiled(m, iterations=BLOCKS + 2), x_of(4, D))
-    assert [f.reason for r in records for f in r.forward] == [""]
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    assert reasons(records) == [""]
+    equal(found, expected, 1e-10)
 
 
 class AllStates(nn.Module):
@@ -464,7 +473,7 @@ def test_states_that_are_returned_have_memory_of_their_own() -> None:
     wanted = torch.autograd.grad(loss, list(m.parameters()))
     with recorded() as records:
         states = compiled(m)(x)
-    assert [f.reason for r in records for f in r.forward] == [""]
+    assert reasons(records) == [""]
     for s, e in zip(states, expected, strict=True):
         torch.testing.assert_close(s, e, rtol=1e-11, atol=1e-11)
     assert len({s.untyped_storage().data_ptr() for s in states}) == BLOCKS
@@ -477,12 +486,8 @@ def test_states_that_are_returned_have_memory_of_their_own() -> None:
         torch.testing.assert_close(f, w, rtol=1e-10, atol=1e-10)
 
 
-class Detached(nn.Module):
+class Detached(Layers):
     """Returns what comes out of each block, and some of what is inside, as views without a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(BLOCKS))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         inside = []
@@ -510,9 +515,8 @@ def test_what_is_returned_without_a_gradient_may_be_written_to() -> None:
     expected = results(m, last(m, write=False), x)
     with recorded() as records:
         found = results(m, last(compiled(m), write=True), x)
-    assert [f.reason for r in records for f in r.forward] == [""]
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+    assert reasons(records) == [""]
+    equal(found, expected)
 
 
 def test_output_may_be_written_to_before_the_backward_pass() -> None:
@@ -525,9 +529,8 @@ def test_output_may_be_written_to_before_the_backward_pass() -> None:
     expected = results(m, scaled(m), x)
     with recorded() as records:
         found = results(m, scaled(compiled(m)), x)
-    assert [f.reason for r in records for f in r.forward] == [""]
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+    assert reasons(records) == [""]
+    equal(found, expected)
 
 
 def test_dropout_has_one_mask_in_both_passes() -> None:
@@ -541,7 +544,7 @@ def test_dropout_has_one_mask_in_both_passes() -> None:
 
     with recorded() as records:
         (gradient,) = torch.autograd.grad(value(x.requires_grad_()), x)
-    assert [f.reason for r in records for f in r.forward] == [""]
+    assert reasons(records) == [""]
     step = 1e-5 * direction
     with torch.no_grad():
         assert not torch.equal(run(x), run(x))
@@ -609,9 +612,8 @@ def test_what_is_checkpointed_is_not_kept(every: int) -> None:
     expected = results(m, m, x_of(4, D))
     with recorded() as records:
         found = results(m, compiled(m), x_of(4, D))
-    assert all(f.reason for r in records for f in r.forward)
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    assert all(reasons(records))
+    equal(found, expected, 1e-10)
 
 
 class OneIsDifferent(nn.Module):
@@ -632,8 +634,7 @@ def test_blocks_that_differ_are_not_taken_for_equal() -> None:
     m = OneIsDifferent().double()
     expected = results(m, m, x_of(4, D))
     found = results(m, compiled(m, iterations=2 * BLOCKS), x_of(4, D))
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    equal(found, expected, 1e-10)
 
 
 def test_constants_that_differ_are_not_taken_for_equal() -> None:
@@ -643,8 +644,7 @@ def test_constants_that_differ_are_not_taken_for_equal() -> None:
     m = nn.Sequential(*(Block(act) for act in acts)).double()
     expected = results(m, m, x_of(4, D))
     found = results(m, compiled(m), x_of(4, D))
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+    equal(found, expected, 1e-10)
 
 
 def test_without_a_compiler_operators_run(
@@ -660,8 +660,7 @@ def test_without_a_compiler_operators_run(
     blocks_op._of.cache_clear()
     for _ in range(2):
         found = results(m, run, x_of())
-        for f, e in zip(found, expected, strict=True):
-            torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
+        equal(found, expected)
     (said,) = [r.getMessage() for r in caplog.records if "one operator after the other" in r.getMessage()]
     assert "no compiler" in said
 
@@ -703,9 +702,6 @@ def test_a_step_is_the_same_after_it_was_text() -> None:
 @pytest.mark.slow
 def test_inductor_runs_it_and_finds_it_in_its_cache(tmp_path: Any) -> None:
     """Compiled code of another process finds the kernel by its text."""
-    import subprocess
-    import sys
-
     program = """
 import torch, torch.nn.functional as F
 from torch import nn
@@ -734,8 +730,6 @@ for f, e in zip(found, expected):
     torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
 print("passes", len(calls), [f.reason for r in calls for f in r.forward])
 """
-    import os
-
     said = []
     for _ in range(2):
         done = subprocess.run(

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from .. import _compat
 from ..errors import CannotRewrite
 from ..recurrent.step_program import StepProgram
-from .kernel_cpp import BlocksKernel, addresses_of, blocks_source, joined, results_of
+from .kernel_cpp import BlocksKernel, Shape, addresses_of, blocks_source, results_of
 from .step_text import program_of
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,14 @@ class _Blocks:
             return refusal.reason
 
     @functools.cached_property
+    def _emitted(self) -> list[Shape]:
+        return [self.program.shape(n)[1:] for n in self.program.results[1]]
+
+    def results(self, state: Tensor) -> list[Tensor]:
+        """Tensors for what the operator returns."""
+        return results_of(self._emitted, self.program.keep, state, self.blocks)
+
+    @functools.cached_property
     def step(self) -> GraphModule:
         """One block, by torch's operators."""
         return GraphModule(torch.nn.Module(), self.program.graph)
@@ -106,14 +114,16 @@ def _run(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
     if isinstance(kernel, str):  # where the code was compiled there was a compiler
         _warn_once(kernel)
         return _by_operators(known, state, known.read(values))
-    addresses = joined([addresses_of(*each) for each in zip(known.read(values), known.rows, strict=True)])
-    return kernel(state, addresses, known.blocks)
+    places = zip(known.read(values), known.rows, strict=True)
+    addresses = [a for tensors, rows in places for a in addresses_of(tensors, rows)]
+    results = known.results(state)
+    kernel(state, addresses, known.blocks, results)
+    return results
 
 
 @torch.library.register_fake("hwbp_compile::blocks")
 def _fake(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
-    known = _of(text)
-    return results_of(known.program, state, known.blocks)
+    return _of(text).results(state)
 
 
 @functools.cache

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from .. import stack_op as stack_op  # the operator
 from ..passes.chains import live_sets
 from ..passes.classes import form, value_text
 from ..passes.early import dependent_on_tangents
 from ..passes.linear_ops import nodes_in
 from ..passes.views import views_of
 
+STACK = torch.ops.hwbp_compile.stack.default
 FEWEST = 4
 """Blocks from which on they are looked for."""
 
@@ -73,7 +75,7 @@ def find_forward_blocks(graph: Graph) -> list[ForwardBlocks]:
 
 def _is_stack(node: Node, late: Collection[Node]) -> bool:
     """Whether a node stacks values of as many blocks that the forward pass computes."""
-    if node.target is not torch.ops.hwbp_compile.stack.default:
+    if node.target is not STACK:
         return False
     rows = node.all_input_nodes
     distinct = len(rows) == len(node.args[0]) >= FEWEST  # type: ignore[arg-type]

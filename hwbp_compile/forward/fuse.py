@@ -18,7 +18,6 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import _compat
-from .. import stack_op as stack_op  # the operator
 from ..errors import CannotRewrite
 from ..passes.order import sort_topologically
 from ..passes.restack import is_returned
@@ -27,11 +26,10 @@ from ..passes.views import is_view
 from ..recurrent import own as own  # the operator
 from ..recurrent.step_cpp import TYPES
 from .blocks_op import blocks_text
-from .find import ForwardBlocks, find_forward_blocks
+from .find import STACK, ForwardBlocks, find_forward_blocks
 from .kernel_cpp import threads_for
 from .program import Source, source_of, step_of
 
-STACK = torch.ops.hwbp_compile.stack.default
 MOST_ROWS = 32
 """Rows of the batch beyond which a library's products are faster."""
 MOST_BYTES_ALONE = 1 << 19

@@ -5,20 +5,20 @@ Weights are read where they lie. Threads share the rows and never wait for one a
 
 from __future__ import annotations
 
-import itertools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import _compat
 from ..errors import CannotRewrite
-from ..recurrent.step_cpp import TYPES, Argument, complete
+from ..recurrent.step_cpp import Argument, compiled, complete, real_type
 from ..recurrent.step_cpp_library import LEAST
 from ..recurrent.step_layout import row_size
 from ..recurrent.step_program import ROWS, StepProgram
 from ..recurrent.step_source import StepSource
+
+Shape = tuple[int, ...]
 
 
 class BlocksKernel:
@@ -33,41 +33,31 @@ class BlocksKernel:
     """
 
     def __init__(self, program: StepProgram, dtype: torch.dtype) -> None:
-        if dtype not in TYPES:
-            raise CannotRewrite(f"there is no kernel for {dtype}")
-        self._program = program
-        real = TYPES[dtype]
+        real = real_type(dtype)
         pointers = [f"const {real}*", *[f"{real}*"] * (2 + len(program.emitted))]
-        try:
-            self._run: Callable[..., None] = _compat.load_cpp_kernel(
-                ["int64_t", *pointers, "int64_t", "int64_t", "int64_t"], blocks_source(program, dtype)
-            )
-        except CannotRewrite:
-            raise
-        except Exception as error:  # a missing compiler shows itself in many ways
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
+        arguments = ["int64_t", *pointers, "int64_t", "int64_t", "int64_t"]
+        self._keep, self._emitted = program.keep, len(program.emitted)
+        self._run = compiled(arguments, blocks_source(program, dtype))
 
-    def __call__(self, state: Tensor, addresses: Sequence[int], blocks: int) -> list[Tensor]:
+    def __call__(
+        self, state: Tensor, addresses: Sequence[int], blocks: int, results: Sequence[Tensor]
+    ) -> None:
         """Run all blocks, the last of which is number 0.
 
         Args:
             state: before the first block, ``[B, ...]``.
             addresses: of what the program's inputs are for each block, one input after the other.
             blocks: how many.
-
-        Returns:
-            What :func:`results_of` says, numbered like the blocks; of the states the first one comes last.
+            results: of :func:`results_of`, to be filled; numbered like the blocks. Of the states the first
+                one comes last.
         """
-        results = results_of(self._program, state, blocks)
         if state.numel():
             # Of states that are not kept, the one before and the one after a block.
-            states = results[-1] if self._program.keep else state.new_empty((2, *state.shape))
+            states = results[-1] if self._keep else state.new_empty((2, *state.shape))
             table = array("q", addresses)
-            written = (results[0], states, *results[1 : 1 + len(self._program.emitted)])
+            written = (results[0], states, *results[1 : 1 + self._emitted])
             sizes = (blocks, state.shape[0], torch.get_num_threads())
             self._run(table.buffer_info()[0], state.contiguous(), *written, *sizes)
-        return results
 
 
 def threads_for(rows: int) -> int:
@@ -75,11 +65,18 @@ def threads_for(rows: int) -> int:
     return max(1, min(torch.get_num_threads(), -(-rows // LEAST)))
 
 
-def results_of(program: StepProgram, state: Tensor, blocks: int) -> list[Tensor]:
-    """Tensors for what is returned: the last state, what is emitted, and all states if they are kept."""
-    emitted = [state.new_empty((blocks, state.shape[0], *program.shape(n)[1:])) for n in program.results[1]]
-    kept = [state.new_empty((blocks + 1, *state.shape))] if program.keep else []
-    return [torch.empty_like(state, memory_format=torch.contiguous_format), *emitted, *kept]
+def results_of(emitted: Sequence[Shape], keep: bool, state: Tensor, blocks: int) -> list[Tensor]:
+    """Tensors for what is returned: the last state, what is emitted, and all states if they are kept.
+
+    Args:
+        emitted: the shapes of a row.
+        keep: see above.
+        state: the first one.
+        blocks: how many there are.
+    """
+    values = [state.new_empty((blocks, state.shape[0], *shape)) for shape in emitted]
+    kept = [state.new_empty((blocks + 1, *state.shape))] if keep else []
+    return [torch.empty_like(state, memory_format=torch.contiguous_format), *values, *kept]
 
 
 def blocks_source(program: StepProgram, dtype: torch.dtype) -> str:
@@ -142,8 +139,3 @@ def addresses_of(tensors: Sequence[Tensor], rows: Sequence[int] | None) -> Seque
     (stack,) = tensors
     start, step = stack.data_ptr(), stack.stride(0) * stack.element_size()
     return [start + step * row for row in rows]
-
-
-def joined(parts: Sequence[Sequence[int]]) -> list[int]:
-    """One after the other."""
-    return list(itertools.chain.from_iterable(parts))

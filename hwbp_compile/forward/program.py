@@ -83,8 +83,8 @@ def step_of(
         CannotRewrite: the rows of the batch depend on one another, or the batch has a size in it.
     """
     state = blocks.entry.meta["val"]
-    if not isinstance(state, Tensor) or state.dim() < 2 or not state.is_contiguous():
-        raise CannotRewrite("the state is no contiguous tensor with a batch", blocks.entry)
+    if not state.is_contiguous():
+        raise CannotRewrite("the state is not contiguous", blocks.entry)
     if any(s.dtype not in (state.dtype, torch.bool) for s in sources):
         raise CannotRewrite("the blocks read values of another type than their state", blocks.entry)
     refusal: CannotRewrite | None = None

@@ -249,14 +249,12 @@ def _outcomes(
         for f, o, j in zip(found, options, judged, strict=True)
     ]
     planned = _worth_it(graph, planned, judged)
-    chains = [isinstance(p.found, Chain) and not p.reason for p in planned]
-    if stops and any(o.watch and is_one for o, is_one in zip(options, chains, strict=True)):
+    watched = [bool(o.watch) and not p.reason for o, p in zip(options, planned, strict=True)]
+    if stops and any(w and isinstance(f, Chain) for w, f in zip(watched, found, strict=True)):
         raise IsWatched
     return [
-        replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison)
-        if o.watch and not p.reason
-        else p
-        for f, o, p in zip(found, options, planned, strict=True)
+        replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison) if w else p
+        for f, o, p, w in zip(found, options, planned, watched, strict=True)
     ]
 
 

@@ -69,8 +69,7 @@ class CppRecurrence:
     """
 
     def __init__(self, program: StepProgram, dtype: torch.dtype, *, reverse: bool) -> None:
-        if dtype not in TYPES:
-            raise CannotRewrite(f"there is no kernel for {dtype}")
+        real = real_type(dtype)
         self.program = program
         self._reverse = reverse
         source, step = recurrence_source(program, dtype, reverse=reverse)
@@ -79,15 +78,10 @@ class CppRecurrence:
             [Argument("", program.shape(n)).batch_dim for n in nodes]
             for nodes in (program.inputs, program.shared)
         ]
-        real = TYPES[dtype]
         read = len(program.inputs) + len(program.shared)
         written = len(program.carry) + len(program.emitted) + len(self._workspace) + 1
         arguments = [*[f"const {real}*"] * read, *[f"{real}*"] * written, *["int64_t"] * 4]
-        try:
-            self._run: Callable[..., None] = _compat.load_cpp_kernel(arguments, source)
-        except Exception as error:  # a missing compiler shows itself in many ways
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error
+        self._run = compiled(arguments, source)
 
     def results(self, initial: Sequence[Tensor], steps: int) -> list[Tensor]:
         """Tensors for what is returned: states, ``[T + 1, B, ...]`` or the last ones, emitted, sums."""
@@ -205,8 +199,32 @@ add({names}, steps, s, times, batch, group, row, count, sums + part * {size});
 
 def complete(text: str, dtype: torch.dtype) -> str:
     """With what all kernels have in common before it."""
-    names = {"REAL": TYPES[dtype], "PADDING": str(PADDING), "FEWEST_ROWS": str(LEAST)}
+    names = {"REAL": real_type(dtype), "PADDING": str(PADDING), "FEWEST_ROWS": str(LEAST)}
     source = LIBRARY + UNPACKED + GATES + text
     for name, value in names.items():
         source = source.replace(name, value)
     return source
+
+
+def real_type(dtype: torch.dtype) -> str:
+    """What a dtype is called in C++.
+
+    Raises:
+        CannotRewrite: there are no kernels for it.
+    """
+    if dtype not in TYPES:
+        raise CannotRewrite(f"there is no kernel for {dtype}")
+    return TYPES[dtype]
+
+
+def compiled(argument_types: Sequence[str], source: str) -> Callable[..., None]:
+    """See :func:`.._compat.load_cpp_kernel`.
+
+    Raises:
+        CannotRewrite: it cannot be compiled.
+    """
+    try:
+        return _compat.load_cpp_kernel(argument_types, source)
+    except Exception as error:  # a missing compiler shows itself in many ways
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CannotRewrite(f"the kernel cannot be compiled: {type(error).__name__}: {first}") from error

@@ -37,11 +37,13 @@ static void pack(const Real* weight, int64_t row_step, int64_t column_step, Real
                 *packed++ = c + i < W ? weight[j * row_step + (c + i) * column_step] : Real(0);
 }
 
-// out[r, c] = start[r, c] + sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns of a panel, the
-// last of which has `count` columns. Rows are *_step elements apart.
-template <int64_t N, int64_t C, int64_t K, bool START, int64_t count>
-static inline void tile(const Real* x, int64_t x_step, const Real* weight, const Real* start,
-                        int64_t start_step, Real* out, int64_t out_step) {
+// out[r, c] = start[r, c] + sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns, the last of
+// which has `count` columns. Rows are *_step elements apart; those of a packed weight are a panel's, a
+// constant, and have all columns.
+template <int64_t N, int64_t C, int64_t K, bool START, int64_t count, bool IS_PACKED>
+static inline void tile(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step,
+                        const Real* start, int64_t start_step, Real* out, int64_t out_step) {
+    const int64_t step = IS_PACKED ? PANEL : weight_step;
     Vec sum[N][C];
     #pragma GCC unroll 8
     for (int64_t r = 0; r < N; r++) {
@@ -54,7 +56,8 @@ static inline void tile(const Real* x, int64_t x_step, const Real* weight, const
     for (int64_t j = 0; j < K; j++) {
         Vec w[C];
         #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) w[c] = Vec::loadu(weight + j * PANEL + c * LANES);
+        for (int64_t c = 0; c < C; c++)
+            w[c] = Vec::loadu(weight + j * step + c * LANES, IS_PACKED || c + 1 < C ? LANES : count);
         #pragma GCC unroll 8
         for (int64_t r = 0; r < N; r++) {
             const Vec h(x[r * x_step + j]);
@@ -78,8 +81,8 @@ static void panel_product(const Real* x, int64_t x_step, const Real* weight, con
                           int64_t start_step, Real* out, int64_t out_step) {
     constexpr int64_t C = WIDE<N>, whole = COLUMNS / (C * LANES) * C * LANES, rest = COLUMNS - whole;
     #define COLUMNS_OF(VECTORS, COUNT, AT) \\
-        tile<N, VECTORS, K, START, COUNT>(x, x_step, weight + AT, START ? start + AT : start, start_step, \\
-                                          out + AT, out_step)
+        tile<N, VECTORS, K, START, COUNT, true>(x, x_step, weight + AT, PANEL, START ? start + AT : start, \\
+                                                start_step, out + AT, out_step)
     for (int64_t c = 0; c < whole; c += C * LANES) COLUMNS_OF(C, LANES, c);
     if constexpr (rest > 0) {
         constexpr int64_t VECTORS = (rest + LANES - 1) / LANES;

@@ -52,48 +52,14 @@ static void dots_rows(const Real* x, int64_t x_step, const Real* weight, int64_t
                                   start_step, out + c, out_step);
 }
 
-// out[r, c] = start[r, c] + sum_j x[r, j] * weight[j, c] for N rows and C vectors of columns, the last of
-// which has `count` columns.
-template <int64_t N, int64_t C, int64_t K, bool START, int64_t count>
-static inline void plain_tile(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step,
-                              const Real* start, int64_t start_step, Real* out, int64_t out_step) {
-    Vec sum[N][C];
-    #pragma GCC unroll 8
-    for (int64_t r = 0; r < N; r++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++) {
-            const int64_t n = c + 1 < C ? LANES : count;
-            sum[r][c] = START ? Vec::loadu(start + r * start_step + c * LANES, n) : Vec(0);
-        }
-    }
-    for (int64_t j = 0; j < K; j++) {
-        Vec w[C];
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            w[c] = Vec::loadu(weight + j * weight_step + c * LANES, c + 1 < C ? LANES : count);
-        #pragma GCC unroll 8
-        for (int64_t r = 0; r < N; r++) {
-            const Vec h(x[r * x_step + j]);
-            #pragma GCC unroll 8
-            for (int64_t c = 0; c < C; c++) sum[r][c] = at::vec::fmadd(h, w[c], sum[r][c]);
-        }
-    }
-    #pragma GCC unroll 8
-    for (int64_t r = 0; r < N; r++) {
-        #pragma GCC unroll 8
-        for (int64_t c = 0; c < C; c++)
-            sum[r][c].store(out + r * out_step + c * LANES, c + 1 < C ? LANES : count);
-    }
-}
-
-// The same for N rows and all W columns.
+// out[r, c] = start[r, c] + sum_j x[r, j] * weight[j, c] for N rows and all W columns.
 template <int64_t N, int64_t K, int64_t W, bool START>
 static void plain_rows(const Real* x, int64_t x_step, const Real* weight, int64_t weight_step,
                        const Real* start, int64_t start_step, Real* out, int64_t out_step) {
     constexpr int64_t C = WIDE<N>, wide = W / (C * LANES) * C * LANES, whole = W / LANES * LANES;
     #define COLUMNS_AT(VECTORS, COUNT, AT) \\
-        plain_tile<N, VECTORS, K, START, COUNT>(x, x_step, weight + AT, weight_step, \\
-                                                START ? start + AT : start, start_step, out + AT, out_step)
+        tile<N, VECTORS, K, START, COUNT, false>(x, x_step, weight + AT, weight_step, \\
+                                                 START ? start + AT : start, start_step, out + AT, out_step)
     for (int64_t c = 0; c < wide; c += C * LANES) COLUMNS_AT(C, LANES, c);
     for (int64_t c = wide; c < whole; c += LANES) COLUMNS_AT(1, LANES, c);
     if constexpr (whole < W) COLUMNS_AT(1, W - whole, whole);
