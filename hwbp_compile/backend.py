@@ -19,7 +19,7 @@ from .control.program import Program
 from .control.variants import Variants
 from .options import Options, parse_options
 from .passes.apart import take_apart
-from .passes.pipeline import IsWatched, rewrite, simplified
+from .passes.pipeline import IsWatched, may_have_kernels, rewrite, simplified
 from .passes.record import drop_observations, new_records
 from .passes.row_gradients import join_row_gradients
 from .passes.worth import Comparison
@@ -144,13 +144,19 @@ class HighwayPass:
         """Rewrite ``graph`` in place; in one without a backward half there is little to do."""
         options = self.options
         if not options.is_iterated:
-            drop_observations(graph)
-            simplified(graph, join_row_gradients, take_apart)
+            self._keep_exact(graph)
             return
         record = rewrite(graph, options, keeps_records=self.keeps_records, compiles=True, stops=self.stops)
         self.comparisons = tuple(outcome.comparison for outcome in record.outcomes)
         self.records = bool(self.records) or _compat.writes_in_backward(graph)
         log_record(record, graph)
+
+    def _keep_exact(self, graph: Graph) -> None:
+        if may_have_kernels(graph, self.options):
+            log_record(rewrite(graph, self.options, compiles=True), graph)
+            return
+        drop_observations(graph)
+        simplified(graph, join_row_gradients, take_apart)
 
     def uuid(self) -> Any:
         """Changes with any option, any of our sources, the version of torch, and the sizes that decide."""

@@ -52,7 +52,7 @@ class Options:
     min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
     apply: Literal["auto", "always", "never"] = _option(
         "auto",
-        '"auto" iterates only where that is expected to be faster; '
+        '"auto" iterates only where that is expected to be faster than what is exact, such as one kernel; '
         '"always" rewrites what it can, "never" leaves all exact',
     )
     tolerance: float = _option(

@@ -19,6 +19,8 @@ TIME = "recurrent layer"
 """The backward pass of a recurrent layer: already parallel, so no chain over depth."""
 INSIDE = "inside groups"
 """The exact sweep from the states between groups to those inside of them."""
+SWEEP = "exact sweep"
+"""Exact backpropagation through all blocks, by one kernel."""
 GRADIENTS = "gradients of parameters and inputs"
 """What hangs on the blocks, computed once from the last cotangents."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,10 @@ import hypothesis
 import pytest
 import torch
 
+from hwbp_compile.blocks import op
 from hwbp_compile.control.program import Program
 from hwbp_compile.control.variants import Variants
+from hwbp_compile.passes import pipeline
 from hwbp_compile.remembered import SWITCH
 
 hypothesis.settings.register_profile(
@@ -50,6 +53,19 @@ def _everything_is_worth_it(request: pytest.FixtureRequest, monkeypatch: pytest.
     """What is fast on this machine at this moment decides about no test."""
     if "measured" not in request.keywords:
         monkeypatch.setattr("hwbp_compile.passes.worth.Comparison.reason", "")
+        monkeypatch.setattr("hwbp_compile.passes.pipeline.prefers_kernels", lambda: False)
+
+
+@pytest.fixture
+def kernels_op_by_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Blocks are kernels, and all else runs op by op, which takes no compilation; no pass may fail."""
+    monkeypatch.setattr(pipeline, "uses_kernels", lambda options: True)
+    op._warn_once.cache_clear()
+    op._of.cache_clear()
+    with caplog.at_level(logging.WARNING, "hwbp_compile"):
+        yield
+    op._of.cache_clear()
+    assert not [r for r in caplog.get_records("call") if "internal error" in r.getMessage()]
 
 
 @pytest.fixture

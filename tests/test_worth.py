@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import explain
-from hwbp_compile.passes import unstacked, worth
+from hwbp_compile.passes import pipeline, unstacked, worth
 from hwbp_compile.passes.pipeline import Outcome
 from hwbp_compile.passes.work import Amount, Work
 
 pytestmark = pytest.mark.measured
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels_are_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs decide, also about chains for which there is one."""
+    monkeypatch.setattr(pipeline, "prefers_kernels", lambda: False)
 
 
 def decided(x: Tensor, monkeypatch: pytest.MonkeyPatch, call: float, flops: float, **kwargs: Any) -> Outcome:

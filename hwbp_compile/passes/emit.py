@@ -7,6 +7,7 @@ several blocks in the same way. Everything else stays as it was and reads the ne
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import _compat
+from ..blocks.limits import is_checkpointed
+from ..blocks.sweep import Places, Sweep
 from ..chain import Chain
 from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers import solve
 from ..stage import GRADIENTS, stage
+from ..system import State
 from .classes import value_text
 from .depth_system import DepthSystem
 from .graft import graft
@@ -30,8 +34,10 @@ from .parameter_gradients import (
     find_groups,
     keep_one_term,
     read_by,
+    read_of_blocks,
 )
 from .strides import inverse, is_contiguous, order_of, same_strides
+from .views import views_of
 
 log = logging.getLogger(__name__)
 
@@ -51,36 +57,45 @@ class Schedule:
     graph_module: GraphModule
 
 
-def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[Node]) -> Schedule:
-    """Trace the solver for one chain. The joint graph is only read; ``taken`` are the nodes of all chains.
+def trace_schedule(
+    chain: Chain, options: Options, part: LinearPart, taken: set[Node], *, compiles: bool = False
+) -> Schedule:
+    """Trace the solver for one chain: the iteration, or the exact sweep as one kernel.
 
     With ``options.watch`` it takes no one's place: only the steps of its iterations are recorded.
+
+    Args:
+        chain: one of a joint graph, which is only read.
+        options: those in force.
+        part: what is linear in the tangents.
+        taken: the nodes of all chains.
+        compiles: whether kernels of our own are compiled.
 
     Raises:
         CannotRewrite: an operator of a block cannot be batched.
     """
     owners, groups = find_groups(chain, part, taken)
-    inputs: dict[Node, None] = dict.fromkeys(chain.blocks[0].entry)
-    for each in chain.classes:
-        for column in each.externals:
-            inputs.update(dict.fromkeys(column))
-    inputs.update(read_by(owners, groups))
-    nodes = tuple(inputs)
-    assert isinstance(options.iterations, int)
-    iterations = options.iterations
+    if options.iterations == "exact":
+        inside = {n for block in chain.blocks for n in block.nodes}
+        wanted = read_of_blocks(owners, groups, inside)
+        solver: _Iteration | Sweep = Sweep(chain, wanted, compiles=compiles)
+    else:
+        solver = _Iteration(chain, options)
+    nodes = tuple(dict.fromkeys([*solver.inputs, *read_by(owners, groups)]))
+    if isinstance(solver, Sweep) and is_checkpointed(views_of(n)[0] for n in nodes):
+        raise CannotRewrite("what is checkpointed is not to be kept")
     replaced: list[Node] = []
     summed: list[GradientGroup] = []
 
     def schedule(*values: Any) -> tuple[Tensor, ...]:
         given = dict(zip(nodes, values, strict=True))
-        system = DepthSystem(chain, given.__getitem__)
-        w = solve(system, iterations=iterations, gamma=options.gamma, group_size=options.group_size)
+        w, stacks = solver(given.__getitem__)
         if options.watch:
             return ()
         replaced.extend(exits(chain))
         states = [row for component in w for row in component[1:].unbind(0)]
         rows = [in_place_of(node, row) for node, row in zip(replaced, states, strict=True)]
-        program = GradientProgram(owners, groups, given.__getitem__, w)
+        program = GradientProgram(owners, groups, given.__getitem__, w, solver.places, stacks)
         for group in groups:
             try:
                 with stage(GRADIENTS):
@@ -101,6 +116,23 @@ def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[
     traced = _compat.trace(schedule, [n.meta["val"] for n in nodes])
     traced.graph.eliminate_dead_code()
     return Schedule(chain, nodes, tuple(replaced), tuple(summed), traced)
+
+
+class _Iteration:
+    """Solves for the cotangents of a chain's states as the options say."""
+
+    def __init__(self, chain: Chain, options: Options) -> None:
+        self._chain, self._options = chain, options
+        self.places: Places = {}
+        read = (n for each in chain.classes for column in each.externals for n in column)
+        self.inputs = tuple(dict.fromkeys([*chain.blocks[0].entry, *read]))
+
+    def __call__(self, value: Callable[[Node], Any]) -> tuple[State, list[Tensor]]:
+        options = self._options
+        assert isinstance(options.iterations, int)
+        system = DepthSystem(self._chain, value)
+        iterations, gamma, size = options.iterations, options.gamma, options.group_size
+        return solve(system, iterations=iterations, gamma=gamma, group_size=size), []
 
 
 def exits(chain: Chain) -> list[Node]:

@@ -7,7 +7,7 @@ from each of several blocks, are found and computed together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,15 +205,24 @@ class GradientProgram(Replay[Column]):
         groups: all that will be asked for.
         value: the value of any node that is not.
         w: the cotangents of all states, stacked ``[blocks + 1, ...]`` per component.
+        known: the blocks' own nodes whose values are there: their row of which stack.
+        stacks: see ``known``.
     """
 
     def __init__(
-        self, owners: Owners, groups: list[GradientGroup], value: Callable[[Node], Any], w: State
+        self,
+        owners: Owners,
+        groups: list[GradientGroup],
+        value: Callable[[Node], Any],
+        w: State,
+        known: Mapping[Node, tuple[int, int]],
+        stacks: Sequence[Tensor],
     ) -> None:
         super().__init__()
         self._owners = owners
         self._outer = value
         self._w = w
+        self._known, self._stacks = known, stacks
         self._blocks: tuple[int, ...] = ()
         self._used = _ancestors(owners, groups)
         self._same = SameValue()
@@ -244,8 +253,10 @@ class GradientProgram(Replay[Column]):
         return node in self._used
 
     def is_leaf(self, key: Column) -> bool:
-        """Whether these are cotangents of states, or not the blocks' own."""
-        return not all(self._owners.of.get(n) == p for n, p in zip(key, self._blocks, strict=True))
+        """Whether these are cotangents of states, known, or not the blocks' own."""
+        return self._stack(key) is not None or not all(
+            self._owners.of.get(n) == p for n, p in zip(key, self._blocks, strict=True)
+        )
 
     def leaf(self, key: Column) -> Any:
         """Cotangents of states are rows of ``w``; what differs between the blocks is stacked."""
@@ -253,10 +264,24 @@ class GradientProgram(Replay[Column]):
         if len(states) == 1 and (state := states.pop()) is not None:
             side, component = state
             return Stacked(gather(self._w[component], [p + side for p in self._blocks]))
+        if (stack := self._stack(key)) is not None:
+            return Stacked(gather(self._stacks[stack], [self._known[n][1] for n in key]))
         first = self._outer(key[0])
         if len({self._same(n) for n in key}) == 1 or not isinstance(first, Tensor):
             return first
         return Stacked(torch.stack([self._outer(n) for n in key]))
+
+    def _stack(self, key: Column) -> int | None:
+        """The stack that all of these are rows of."""
+        stacks = {self._known[n][0] if n in self._known else None for n in key}
+        return stacks.pop() if len(stacks) == 1 else None
+
+
+def read_of_blocks(owners: Owners, groups: list[GradientGroup], blocks: Set[Node]) -> set[Node]:
+    """The nodes of a chain's blocks whose values the groups need, cotangents of states among them."""
+    outside = [n for n in _ancestors(owners, groups) if n not in blocks]
+    own = [n for group in groups for n in group.nodes]
+    return {n for n in (*own, *(o for n in outside for o in n.all_input_nodes)) if n in blocks}
 
 
 def _ancestors(owners: Owners, groups: list[GradientGroup]) -> set[Node]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Graph, Node
 
 from .. import _compat
+from ..blocks.fuse import Fused, fuse_forward
+from ..blocks.limits import is_for_cpus
 from ..chain import Chain, Refusal
 from ..errors import CannotRewrite
-from ..forward.fuse import Fused, fuse_forward
 from ..options import Options
 from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
@@ -34,6 +35,7 @@ from .worth import Comparison, Sequential, compare, verdicts
 
 log = logging.getLogger(__name__)
 
+BY_KERNEL = "one kernel computes its exact backward pass, which takes less time than iterations"
 _BY_STRIDES = {"aten::as_strided", "aten::as_strided_scatter"}
 
 
@@ -43,14 +45,27 @@ class IsWatched(BaseException):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one chain: ``reason`` is empty if it was rewritten; ``new`` are its schedule's nodes."""
+    """What became of one chain: ``reason`` is empty if it is iterated; ``new`` are its schedule's nodes."""
 
     found: Chain | Refusal
     reason: str
     schedule: Schedule | None = None
+    """That of its iteration; where there is a reason, that of an exact sweep by one kernel."""
     new: tuple[Node, ...] = ()
     comparison: Comparison | None = None
     """What was expected of it, where that decided."""
+    no_sweep: str = ""
+    """Why a chain that stays exact is not swept by one kernel, where that was tried."""
+
+    @property
+    def is_iterated(self) -> bool:
+        """Whether its backward pass is replaced by an iteration."""
+        return self.schedule is not None and not self.reason
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether its backward pass is exact and one kernel."""
+        return self.schedule is not None and bool(self.reason)
 
 
 @dataclass
@@ -62,6 +77,11 @@ class Record:
     needs_gradient: bool = True
     forward: list[Fused] = field(default_factory=list)
     """What became of the forward pass of the blocks that were rewritten."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no chain is iterated."""
+        return not any(outcome.is_iterated for outcome in self.outcomes)
 
 
 def rewrite(
@@ -113,7 +133,7 @@ def rewrite(
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     chosen = None if options.chosen is None else options.chosen.over_depth
     of_chains = [options.for_chain(chosen, i) for i in range(len(found))]
-    done.outcomes = _outcomes(graph, found, of_chains, part, taken, stops)
+    done.outcomes = _outcomes(graph, found, of_chains, part, taken, stops, compiles)
     lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes, backup)
@@ -126,7 +146,8 @@ def rewrite(
     simplified(graph, *([sink_stacks, restack] if is_rewritten else []), take_apart)
     if is_rewritten:
         simplified(graph, multiply_unstacked)
-        if uses_kernels(options):
+        watched = options.watch and not done.is_exact
+        if uses_kernels(options) and not watched:
             fused: list[Fused] = []
 
             def fuse(graph: Graph) -> None:
@@ -139,11 +160,21 @@ def rewrite(
 
 
 def uses_kernels(options: Options) -> bool:
-    """Whether several operators may become one, other than by the compiler's choice.
+    """Whether several operators may become one, other than by the compiler's choice."""
+    return options.codegen == "inductor"
 
-    Op by op is as the user wrote it, and what is only watched is in few steps.
+
+def prefers_kernels() -> bool:
+    """Whether what is fastest is an exact sweep by one kernel, wherever there is one.
+
+    It takes as much arithmetic as one iteration, and no more calls.
     """
-    return options.codegen == "inductor" and not options.watch
+    return True
+
+
+def may_have_kernels(graph: Graph, options: Options) -> bool:
+    """Whether chains that stay exact may become kernels of our own."""
+    return uses_kernels(options) and options.apply != "never" and is_for_cpus(graph)
 
 
 def _write_last(graph: Graph) -> None:
@@ -216,10 +247,8 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
             if outcome.schedule is None:
                 done[i] = outcome
             elif closes_a_cycle(outcome.schedule, renamed):
-                done[i] = Outcome(
-                    outcome.found,
-                    "what it reads depends on its own result, by way of another rewritten chain",
-                )
+                why = "what it reads depends on its own result, by way of another rewritten chain"
+                done[i] = Outcome(outcome.found, outcome.reason or why)
             else:
                 new = insert_schedule(graph, outcome.schedule, renamed)
                 done[i] = replace(outcome, new=tuple(new))
@@ -241,25 +270,64 @@ def _outcomes(
     part: LinearPart,
     taken: set[Node],
     stops: bool,
+    compiles: bool,
 ) -> list[Outcome]:
     """Trace the schedules of the chains, and decide which of them there are to be."""
+
+    def swept(outcome: Outcome, options: Options) -> Outcome:
+        if outcome.schedule is not None or not may_have_kernels(graph, options):
+            return outcome
+        return _swept(outcome, options, part, taken, compiles)
+
     judged = [o.judged() if o.watch and o.apply == "auto" else o for o in options]
-    planned = [
-        Outcome(f, "") if o.watch and o.apply != "auto" else _plan(f, j, part, taken)
-        for f, o, j in zip(found, options, judged, strict=True)
-    ]
+    planned = []
+    for f, o, j in zip(found, options, judged, strict=True):
+        chooses = o.apply == "auto" and (o.watch or o.iterations != "exact")
+        first = swept(Outcome(f, BY_KERNEL), j) if chooses and prefers_kernels() else None
+        if first is not None and first.is_swept:
+            planned.append(first)
+        elif o.watch and o.apply != "auto":
+            planned.append(Outcome(f, ""))
+        else:
+            planned.append(_plan(f, j, part, taken))
+            if first is not None:
+                planned[-1] = replace(planned[-1], no_sweep=first.no_sweep)
     planned = _worth_it(graph, planned, judged)
     watched = [bool(o.watch) and not p.reason for o, p in zip(options, planned, strict=True)]
     if stops and any(w and isinstance(f, Chain) for w, f in zip(watched, found, strict=True)):
         raise IsWatched
-    return [
-        replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison) if w else p
-        for f, o, p, w in zip(found, options, planned, watched, strict=True)
-    ]
+    done = []
+    for f, o, p, w in zip(found, options, planned, watched, strict=True):
+        if w:
+            done.append(
+                replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison)
+            )
+        else:
+            done.append(p if p.no_sweep else swept(p, o))
+    return done
+
+
+def _swept(outcome: Outcome, options: Options, part: LinearPart, taken: set[Node], compiles: bool) -> Outcome:
+    """Have one kernel compute the exact backward pass of a chain, if there is one."""
+    chain = outcome.found
+    if isinstance(chain, Refusal) or len(chain.blocks) < options.min_blocks:
+        return outcome
+    exact = replace(options, iterations="exact", watch=0)
+    try:
+        return replace(outcome, schedule=trace_schedule(chain, exact, part, taken, compiles=compiles))
+    except CannotRewrite as refusal:
+        return replace(outcome, no_sweep=refusal.reason)
+    except _compat.restart_exceptions():
+        raise
+    except Exception as error:
+        log.warning(
+            "A chain of %d blocks gets no kernel after an internal error.", len(chain.blocks), exc_info=True
+        )
+        return replace(outcome, no_sweep=_internal(error))
 
 
 def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
-    """Trace the schedule of a chain, if the options allow any."""
+    """Trace the schedule of a chain's iteration, if the options allow any."""
     if isinstance(found, Refusal):
         return Outcome(found, found.reason)
     reason = reason_to_leave_exact(found, options)
@@ -284,7 +352,7 @@ def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Optio
     exact: Sequential | None = None
     done = list(outcomes)
     for i, (outcome, each) in enumerate(zip(outcomes, options, strict=True)):
-        if outcome.schedule is None or each.apply != "auto":
+        if outcome.schedule is None or outcome.reason or each.apply != "auto":
             continue
         try:
             exact = exact or Sequential(graph)
@@ -294,7 +362,7 @@ def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Optio
         except Exception as error:
             log.warning("A chain is left exact as its cost cannot be estimated.", exc_info=True)
             reason = f"its cost cannot be estimated ({type(error).__name__}: {error})"
-            done[i] = Outcome(outcome.found, reason)
+            done[i] = replace(outcome, reason=reason, schedule=None)
             continue
         log.info("A chain of %d blocks: %s", len(outcome.found.blocks), comparison)
         done[i] = replace(outcome, comparison=comparison)

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..passes.linear import linear_part
 from ..passes.linear_ops import is_heavy, op_name
-from ..stage import GRADIENTS, INSIDE, RESIDUAL, stage_of
+from ..stage import GRADIENTS, INSIDE, RESIDUAL, SWEEP, stage_of
 from .layout import Box, place
 from .roles import STACKING
 
@@ -36,13 +36,14 @@ FIXED = {
     STACKING: "#d9b98a",
     RESIDUAL: "#e4572e",
     INSIDE: "#7a5195",
+    SWEEP: "#2a6f97",
 }
 CHAIN_MAPS = ("viridis", "magma", "cividis", "plasma")
 ITERATION_MAPS = ("Blues", "Purples", "Greens", "Oranges")
 MANY = 4000
 """So many nodes are drawn without gaps, and their edges as pixels, also in an SVG."""
 
-SCHEDULE = ("iteration", RESIDUAL, INSIDE)
+SCHEDULE = ("iteration", RESIDUAL, INSIDE, SWEEP)
 """Kinds of nodes that compute all blocks at once, and wait for one another."""
 
 Role = tuple[str, int, int]
@@ -136,7 +137,7 @@ def _picture(report: GraphReport, explanation: Explanation, *, rewritten: bool) 
             named[name] = ("iteration", chain, role) if isinstance(role, int) else (role, chain, 0)
             if isinstance(role, int):
                 labels[named[name]] = f"iteration {role}"
-    exact = {i for i, chain in enumerate(explanation.chains) if not chain.applied}
+    exact = {i for i, chain in enumerate(explanation.chains) if not chain.applied and not chain.swept}
     for name, (chain, block) in report.roles.blocks.items():
         if not rewritten or chain in exact:
             named.setdefault(name, ("block", chain, block))
@@ -306,8 +307,12 @@ def _shared_prefix(labels: list[str]) -> str:
 def _headings(
     figure: Figure, axes: Any, report: GraphReport, before: _Picture, after: _Picture, title: str
 ) -> None:
-    rewritten = report.roles is not None and bool(report.roles.schedule)
-    how = "all blocks at once in every iteration" if rewritten else "nothing is rewritten"
+    stages = set() if report.roles is None else {role for _, role in report.roles.schedule.values()}
+    how = "nothing is rewritten"
+    if SWEEP in stages:
+        how = "one kernel for all blocks of a chain"
+    if any(isinstance(each, int) for each in stages) or RESIDUAL in stages:
+        how = "all blocks at once in every iteration"
     texts = (
         ("Before", report.depth_before, before.columns, "one block after the other"),
         ("After", report.depth_after, after.columns, how),

@@ -226,7 +226,7 @@ def _chain_report(
 ) -> ChainReport:
     found = outcome.found
     blocks = found.blocks
-    applied = outcome.schedule is not None
+    applied = outcome.is_iterated
     entry = blocks[0].entry if blocks else ()
     values = [node.meta["val"] for node in entry]
     iterations = effective_iterations(options, len(blocks)) if applied else None
@@ -243,11 +243,18 @@ def _chain_report(
         reason=_reason(outcome, cut),
         iterations=iterations,
         new_nodes=len(outcome.new),
-        notes=(*_chain_notes(len(blocks), options), *_judged_with_others(outcome)) if applied else (),
+        notes=tuple(_notes(outcome, options)),
+        swept=outcome.is_swept,
         graph=graph,
         costs=None if outcome.comparison is None else _costs(outcome.comparison),
         sizes=sizes,
     )
+
+
+def _notes(outcome: Outcome, options: Options) -> list[str]:
+    if outcome.is_iterated:
+        return [*_chain_notes(len(outcome.found.blocks), options), *_judged_with_others(outcome)]
+    return [f"nor does one kernel compute it: {outcome.no_sweep}"] if outcome.no_sweep else []
 
 
 def _judged_with_others(outcome: Outcome) -> list[str]:
@@ -312,8 +319,6 @@ def _layer_report(layer: Layer, options: Options, names: Names, graph: int) -> C
 
 
 def _reason(outcome: Outcome, cut: bool) -> str:
-    if outcome.schedule is not None:
-        return ""
     reason = outcome.reason
     if cut and reason.startswith("too short"):
         reason += " (a graph break keeps it apart from the rest of the model)"

@@ -103,6 +103,8 @@ class ChainReport:
     new_nodes: int
     """The size of the schedule that replaces its backward pass."""
     notes: tuple[str, ...] = ()
+    swept: bool = False
+    """Whether one kernel computes its exact backward pass, on CPUs."""
     graph: int = 0
     """Which of the call's graphs it is in."""
     over: str = "depth"
@@ -129,7 +131,8 @@ class ChainReport:
             "shapes": [list(s) for s in self.shapes], "dtypes": list(self.dtypes),
             "modules": list(self.modules), "lines": list(self.lines), "options": self.options.to_dict(),
             "applied": self.applied, "reason": self.reason, "iterations": self.iterations,
-            "new_nodes": self.new_nodes, "notes": list(self.notes), "graph": self.graph,
+            "new_nodes": self.new_nodes, "notes": list(self.notes), "swept": self.swept,
+            "graph": self.graph,
             "over": self.over,
             "costs": None if self.costs is None else [asdict(c) for c in self.costs],
             "sizes": [{"symbol": s.symbol, "iterated": [list(i) for i in s.iterated]} for s in self.sizes],

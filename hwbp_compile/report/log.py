@@ -11,7 +11,7 @@ import logging
 from torch.fx import Graph
 
 from .. import _compat
-from ..forward.fuse import Fused
+from ..blocks.fuse import Fused
 from ..passes.pipeline import Outcome, Record
 from .where import Names, block_modules, shorten
 
@@ -46,6 +46,9 @@ def _describe(outcome: Outcome) -> str:
     names = shorten(block_modules(found.blocks[::-1], Names()))
     plural = "s" * (len(found.blocks) != 1)
     chain = f"a chain of {len(found.blocks)} block{plural} ({names}; K: {found.residual or 'none'})"
+    if outcome.is_swept:
+        return f"swept by one kernel: {chain}, {len(outcome.new)} new nodes: {outcome.reason}"
     if outcome.schedule is None:
-        return f"left exact: {chain}: {outcome.reason}"
+        kernel = f"; no kernel: {outcome.no_sweep}" if outcome.no_sweep else ""
+        return f"left exact: {chain}: {outcome.reason}{kernel}"
     return f"rewritten: {chain}, {len(outcome.new)} new nodes"

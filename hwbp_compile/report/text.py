@@ -44,7 +44,9 @@ def _verdict(explanation: Explanation) -> str:
         return f"Nothing is rewritten; the backward pass is exact. ({settings})"
     noun = "residual chain" + "s" * (len(chains) != 1)
     if not applied:
-        return f"None of {len(chains)} {noun} is rewritten; the backward pass is exact. ({settings})"
+        swept = sum(c.swept for c in chains)
+        kernel = f", for {swept} of them by one kernel{' each' * (swept > 1)}" if swept else ""
+        return f"None of {len(chains)} {noun} is iterated; the backward pass is exact{kernel}. ({settings})"
     verb = "are" if applied > 1 else "is"
     between = len(explanation.chains) - len(chains)
     rest = (
@@ -72,7 +74,7 @@ def _row(number: int, chain: ChainReport) -> list[str]:
         verdict = f"{chain.iterations} iteration{plural}"
         verdict += " over time" if chain.over == "time" else f", {chain.new_nodes} new nodes"
     else:
-        verdict = "exact"
+        verdict = f"exact, by one kernel, {chain.new_nodes} new nodes" if chain.swept else "exact"
     return [
         str(number),
         str(chain.blocks),

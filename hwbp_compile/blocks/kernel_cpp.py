@@ -27,17 +27,18 @@ class BlocksKernel:
     Args:
         program: the step; values without rows are read where the blocks have them.
         dtype: of all values.
+        backward: whether the last block is applied first.
 
     Raises:
         CannotRewrite: there is no kernel for this step, or no compiler.
     """
 
-    def __init__(self, program: StepProgram, dtype: torch.dtype) -> None:
+    def __init__(self, program: StepProgram, dtype: torch.dtype, *, backward: bool = False) -> None:
         real = real_type(dtype)
         pointers = [f"const {real}*", *[f"{real}*"] * (2 + len(program.emitted))]
         arguments = ["int64_t", *pointers, "int64_t", "int64_t", "int64_t"]
         self._keep, self._emitted = program.keep, len(program.emitted)
-        self._run = compiled(arguments, blocks_source(program, dtype))
+        self._run = compiled(arguments, blocks_source(program, dtype, backward=backward))
 
     def __call__(
         self, state: Tensor, addresses: Sequence[int], blocks: int, results: Sequence[Tensor]
@@ -45,11 +46,11 @@ class BlocksKernel:
         """Run all blocks, the last of which is number 0.
 
         Args:
-            state: before the first block, ``[B, ...]``.
+            state: before the block that is applied first, ``[B, ...]``.
             addresses: of what the program's inputs are for each block, one input after the other.
             blocks: how many.
-            results: of :func:`results_of`, to be filled; numbered like the blocks. Of the states the first
-                one comes last.
+            results: of :func:`results_of`, to be filled; numbered like the blocks. State i is the one behind
+                block i in a forward pass.
         """
         if state.numel():
             # Of states that are not kept, the one before and the one after a block.
@@ -79,8 +80,8 @@ def results_of(emitted: Sequence[Shape], keep: bool, state: Tensor, blocks: int)
     return [torch.empty_like(state, memory_format=torch.contiguous_format), *values, *kept]
 
 
-def blocks_source(program: StepProgram, dtype: torch.dtype) -> str:
-    """C++ of all blocks.
+def blocks_source(program: StepProgram, dtype: torch.dtype, *, backward: bool = False) -> str:
+    """C++ of all blocks; see :class:`BlocksKernel`.
 
     Raises:
         CannotRewrite: a step does something that has no translation.
@@ -96,10 +97,13 @@ def blocks_source(program: StepProgram, dtype: torch.dtype) -> str:
     placed = {n: a.value() for n, a in zip((state, *program.inputs), (carry, *inputs), strict=True)}
     step = StepSource(program, placed, dtype)
     row = f"row * {row_size(carry.shape)}"
-    before, after = ("(t + 1)", "t") if program.keep else ("(s % 2)", "((s + 1) % 2)")
-    lines = ["const int64_t t = steps - 1 - s;"]
+    first, last = ("0", "steps") if backward else ("steps", "0")
+    before, after = ("t", "(t + 1)") if backward else ("(t + 1)", "t")
+    if not program.keep:
+        before, after = "(s % 2)", "((s + 1) % 2)"
+    lines = [f"const int64_t t = {'s' if backward else 'steps - 1 - s'};"]
     lines.append(f"const Real* in_y0 = s == 0 ? first + {row} : {carry.here(before)};")
-    lines.append(f"Real* out_y0 = t == 0 ? last + {row} : {carry.here(after)};")
+    lines.append(f"Real* out_y0 = s == steps - 1 ? last + {row} : {carry.here(after)};")
     for i, each in enumerate(inputs):
         lines.append(f"const Real* {each.name} = reinterpret_cast<const Real*>(table[{i} * steps + t]);")
         lines.append(f"const Real* in_{each.name} = {each.here()};")
@@ -108,8 +112,8 @@ def blocks_source(program: StepProgram, dtype: torch.dtype) -> str:
     parameters = ", ".join([f"const Real* {names[0]}", *(f"Real* {name}" for name in names[1:])])
     size = row_size(carry.shape)
     kept = f"""
-    std::copy(first, first + batch * {size}, y0 + steps * batch * {size});
-    std::copy(last, last + batch * {size}, y0);"""
+    std::copy(first, first + batch * {size}, y0 + {first} * batch * {size});
+    std::copy(last, last + batch * {size}, y0 + {last} * batch * {size});"""
     text = f"""
 static void step(int64_t N, const int64_t* table, {parameters}, int64_t steps, int64_t s, int64_t batch,
                  int64_t row, Real* scratch) {{

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,27 @@ from ..passes.classes import value_text
 from ..passes.linear_ops import op_name
 from ..passes.views import STACKED, Views, row_of, views_of
 from ..recurrent.step_program import ROWS, check_rows
-from .find import ForwardBlocks
 from .step_text import encoded
+
+
+class EqualBlock(Protocol):
+    """One of several equal blocks, each applied to the result of the one before."""
+
+    @property
+    def template(self) -> Sequence[Node]:
+        """Its nodes in graph order."""
+
+    @property
+    def entry(self) -> Node:
+        """The state before it."""
+
+    @property
+    def exit(self) -> Node:
+        """The state after it."""
+
+    @property
+    def leaves(self) -> Sequence[Node]:
+        """What it reads besides."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +88,29 @@ def _row(node: Node) -> tuple[Node | None, int]:
 
 
 def step_of(
-    blocks: ForwardBlocks, sources: Sequence[Source], emitted: Sequence[Node], *, keep: bool
+    block: EqualBlock, sources: Sequence[Source], emitted: Sequence[Node], *, keep: bool
 ) -> list[Any]:
-    """The step of the blocks; see :func:`.step_text.encoded`.
+    """The step of equal blocks; see :func:`.step_text.encoded`.
 
     Args:
-        blocks: what was found.
+        block: one of them.
         sources: of its leaves.
-        emitted: nodes of the template whose values are returned for each block.
+        emitted: its nodes whose values are returned for each block.
         keep: whether all states are.
 
     Raises:
         CannotRewrite: the rows of the batch depend on one another, or the batch has a size in it.
     """
-    state = blocks.entry.meta["val"]
+    state = block.entry.meta["val"]
     if not state.is_contiguous():
-        raise CannotRewrite("the state is not contiguous", blocks.entry)
+        raise CannotRewrite("the state is not contiguous", block.entry)
     if any(s.dtype not in (state.dtype, torch.bool) for s in sources):
-        raise CannotRewrite("the blocks read values of another type than their state", blocks.entry)
+        raise CannotRewrite("the blocks read values of another type than their state", block.entry)
     refusal: CannotRewrite | None = None
     for rows in _with_rows(state.shape[0], sources):
         try:
             with _compat.failures_are_expected():
-                return _traced(blocks, sources, rows, emitted, keep)
+                return _traced(block, sources, rows, emitted, keep)
         except CannotRewrite as error:
             refusal = refusal or error
         except Exception as error:  # the operators do not fit together for these shapes
@@ -114,27 +133,30 @@ def _with_rows(batch: Any, sources: Sequence[Source]) -> Iterator[list[bool]]:
 
 
 def _traced(
-    blocks: ForwardBlocks,
+    block: EqualBlock,
     sources: Sequence[Source],
     rows: Sequence[bool],
     emitted: Sequence[Node],
     keep: bool,
 ) -> list[Any]:
-    state = blocks.entry.meta["val"]
+    state = block.entry.meta["val"]
     batch = state.shape[0]
 
     def evaluate(*values: Tensor) -> list[Tensor]:
-        known: dict[Node, Any] = {blocks.entry: values[0]}
-        for leaf, source, base in zip(blocks.leaves, sources, values[1:], strict=True):
+        known: dict[Node, Any] = {block.entry: values[0]}
+        for leaf, source, base in zip(block.leaves, sources, values[1:], strict=True):
             value = base.unsqueeze(0)
             for name, argument in source.views:
                 value = STACKED[name](value, argument)
             known[leaf] = value[0]
-        for node in blocks.template:
+        for node in block.template:
+            args: Any
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+            if op_name(node) == "aten::expand":
+                args = (args[0], _without_sizes_there(args[0], args[1]), *args[2:])
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             _check(node, known[node], batch)
-        return [known[n] for n in (blocks.exit, *emitted)]
+        return [known[n] for n in (block.exit, *emitted)]
 
     def like(shape: Sequence[Any], dtype: torch.dtype, rows: bool) -> Tensor:
         return torch.empty((), dtype=dtype).expand([ROWS, *shape[1:]] if rows else list(shape))
@@ -143,6 +165,12 @@ def _traced(
     values += [like(s.shape, s.dtype, r) for s, r in zip(sources, rows, strict=True)]
     traced = _compat.trace_shapes(evaluate, [], values)
     return encoded(traced.graph, len(emitted), keep)
+
+
+def _without_sizes_there(x: Tensor, sizes: Sequence[Any]) -> list[Any]:
+    """What a tensor is expanded to, with -1 for sizes that it has already, such as that of the batch."""
+    new = len(sizes) - x.dim()
+    return [-1 if i >= new and x.shape[i - new] != 1 else size for i, size in enumerate(sizes)]
 
 
 def _check(node: Node, value: Any, batch: Any) -> None:

@@ -36,6 +36,7 @@ def blocks_text(
     blocks: int,
     rows: Sequence[Sequence[int] | None],
     *,
+    backward: bool = False,
     compiles: bool = True,
 ) -> str:
     """What the operator is told beside tensors.
@@ -46,17 +47,18 @@ def blocks_text(
         blocks: how many there are.
         rows: per input of the step, the rows of one tensor that the blocks read, the last block's first; None
             where each block reads a tensor of its own.
+        backward: whether the last block is applied first, as in a backward pass.
         compiles: whether the kernel is compiled now, not only written.
 
     Raises:
         CannotRewrite: there is no kernel.
     """
     # Without quotation marks and backslashes, which not all generated code would hold as they are.
-    text = json.dumps([step, str(dtype).removeprefix("torch."), blocks, rows]).replace('"', "'")
+    text = json.dumps([step, str(dtype).removeprefix("torch."), blocks, rows, backward]).replace('"', "'")
     known = _of(text)
     with _compat.outside_of_tracing():
         if not compiles:
-            blocks_source(known.program, dtype)
+            blocks_source(known.program, dtype, backward=backward)
         elif isinstance(known.kernel, str):
             raise CannotRewrite(known.kernel)
     return text
@@ -66,7 +68,7 @@ class _Blocks:
     """What a text tells."""
 
     def __init__(self, text: str) -> None:
-        step, dtype, self.blocks, self.rows = json.loads(text.replace("'", '"'))
+        step, dtype, self.blocks, self.rows, self.backward = json.loads(text.replace("'", '"'))
         self.program: StepProgram = program_of(step)
         self.dtype: torch.dtype = getattr(torch, dtype)
 
@@ -74,7 +76,7 @@ class _Blocks:
     def kernel(self) -> BlocksKernel | str:
         """Compiled; or why there is none."""
         try:
-            return BlocksKernel(self.program, self.dtype)
+            return BlocksKernel(self.program, self.dtype, backward=self.backward)
         except CannotRewrite as refusal:
             return refusal.reason
 
@@ -128,14 +130,15 @@ def _fake(state: Tensor, values: list[Tensor], text: str) -> list[Tensor]:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    log.warning("The forward pass of a chain of blocks runs one operator after the other: %s.", reason)
+    log.warning("A chain of blocks runs one operator after the other: %s.", reason)
 
 
 def _by_operators(known: _Blocks, state: Tensor, read: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     types = [n.meta["val"].dtype for n in known.program.inputs]
     states, emitted = [state], []
     with torch.no_grad(), _compat.without_autocast(state.device):
-        for i in reversed(range(known.blocks)):
+        order = range(known.blocks) if known.backward else reversed(range(known.blocks))
+        for i in order:
             own = [
                 (tensors[i] if rows is None else tensors[0][rows[i]]).to(dtype)
                 for tensors, rows, dtype in zip(read, known.rows, types, strict=True)
@@ -143,6 +146,8 @@ def _by_operators(known: _Blocks, state: Tensor, read: Sequence[Sequence[Tensor]
             state, *others = known.step(state, *own)
             states.append(state)
             emitted.append(others)
-        columns = [torch.stack(column[::-1]) for column in zip(*emitted, strict=True)]
-        kept = [torch.stack(states[::-1])] if known.program.keep else []
+        if not known.backward:
+            states, emitted = states[::-1], emitted[::-1]
+        columns = [torch.stack(column) for column in zip(*emitted, strict=True)]
+        kept = [torch.stack(states)] if known.program.keep else []
         return [state.clone(memory_format=torch.contiguous_format), *columns, *kept]

@@ -1,9 +1,9 @@
-"""The forward pass of residual MLPs: Inductor's against one kernel for all blocks, in turns.
+"""Exact training passes of residual MLPs: Inductor's against one kernel for all blocks, in turns.
 
-Both are as in training, so that what is kept for the backward pass is part of them. Beside them is the kernel
-alone, without what calls it, and what there is to do: operations, and bytes of weights.
+Forward and backward pass each. Beside them is the kernel alone, without what calls it, and what there is to
+do: operations, and bytes of weights.
 
-    OMP_NUM_THREADS=2 python benchmarks/forward.py --threads 2 --repeats 150
+    OMP_NUM_THREADS=2 python benchmarks/blocks.py --threads 2 --repeats 150
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from depth_models import Row, residual_mlp
 from measuring import parser
 from torch import Tensor, nn
 
-from hwbp_compile.forward import fuse
-from hwbp_compile.forward.kernel_cpp import BlocksKernel
+from hwbp_compile import stack_parameters
+from hwbp_compile.blocks import limits
+from hwbp_compile.blocks.kernel_cpp import BlocksKernel
+
+EXACT = {"iterations": "exact"}
 
 
 def timed_kernel(kernel: Any, seconds: list[float]) -> Any:
@@ -37,14 +40,15 @@ def timed_kernel(kernel: Any, seconds: list[float]) -> Any:
     return run
 
 
-def measure(row: Row, repeats: int) -> tuple[float, float, float]:
-    """Median milliseconds of Inductor's forward pass, of ours, and of the kernel in it (or nan)."""
+def measure(row: Row, stacked: bool, repeats: int) -> tuple[list[list[float]], list[float]]:
+    """Median milliseconds of forward and backward pass, Inductor's and ours; of ours those of the kernels."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = residual_mlp(row)
-    options = {"iterations": 2, "apply": "always"}
+    if stacked:
+        stack_parameters(model)
     theirs = torch.compile(copy.deepcopy(model), dynamic=False)
-    ours = torch.compile(copy.deepcopy(model), backend="highway", options=options, dynamic=False)
+    ours = torch.compile(copy.deepcopy(model), backend="highway", options=EXACT, dynamic=False)
     inside: list[float] = []
     original = BlocksKernel.__call__
 
@@ -54,20 +58,23 @@ def measure(row: Row, repeats: int) -> tuple[float, float, float]:
 
     with mock.patch.object(BlocksKernel, "__call__", call):
         found = in_turns([theirs, ours], x, repeats)
-    kernel = statistics.median(inside[-repeats:]) * 1e3 if inside else float("nan")
-    return found[0], found[1], kernel
+    kernels = [statistics.median(inside[i - 2 * repeats :: 2]) * 1e3 for i in (0, 1)] if inside else []
+    return found, kernels
 
 
-def in_turns(models: list[nn.Module], x: Tensor, repeats: int) -> list[float]:
-    """Median milliseconds of each."""
-    seconds: list[list[float]] = [[] for _ in models]
+def in_turns(models: list[nn.Module], x: Tensor, repeats: int) -> list[list[float]]:
+    """Median milliseconds of the forward and the backward pass of each."""
+    seconds: list[list[tuple[float, float]]] = [[] for _ in models]
     for i in range(repeats + 3):
         for model, times in zip(models, seconds, strict=True):
+            model.zero_grad()
             start = time.perf_counter()
-            model(x)
+            y = model(x)
+            middle = time.perf_counter()
+            y.backward(torch.ones_like(y))
             if i >= 3:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) * 1e3 for times in seconds]
+                times.append((middle - start, time.perf_counter() - middle))
+    return [[statistics.median(each) * 1e3 for each in zip(*times, strict=True)] for times in seconds]
 
 
 def main() -> None:
@@ -76,22 +83,27 @@ def main() -> None:
     made.add_argument("--depth", type=int, default=32)
     made.add_argument("--widths", type=int, nargs="*", default=[64, 128, 256])
     made.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 32])
+    made.add_argument("--stacked", action="store_true", help="with stacked parameters")
     made.add_argument("--any", action="store_true", help="also where the kernel is not expected to be faster")
     arguments = made.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.any:
-        fuse.MOST_ROWS = fuse.MOST_BYTES_ALONE = 1 << 40
+        limits.MOST_ROWS = limits.MOST_BYTES = 1 << 40
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} used, torch {torch.__version__}"
     )
     for width in arguments.widths:
         for batch in arguments.batches:
             row = Row("mlp", arguments.depth, width, batch)
-            theirs, ours, kernel = measure(row, arguments.repeats)
+            (theirs, ours), kernels = measure(row, arguments.stacked, arguments.repeats)
             weights = arguments.depth * 4 * width * width
+            said = []
+            for i, name in enumerate(("forward", "backward")):
+                said.append(f"{name} {theirs[i]:.3f} ms, ours {ours[i]:.3f} ({theirs[i] / ours[i]:.2f}x)")
+                said[-1] += f", of which kernel {kernels[i]:.3f}" if kernels else ""
             print(
-                f"{row}: inductor {theirs:.3f} ms, ours {ours:.3f} ({theirs / ours:.2f}x), of which kernel "
-                f"{kernel:.3f}; {2 * weights * batch / 1e6:.1f} MFLOP, {4 * weights / 1e6:.1f} MB of weights",
+                f"{row}: {'; '.join(said)}; both {sum(theirs) / sum(ours):.2f}x; "
+                f"{2 * weights * batch / 1e6:.1f} MFLOP forward, {4 * weights / 1e6:.1f} MB of weights",
                 flush=True,
             )
 

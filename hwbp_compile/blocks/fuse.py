@@ -5,7 +5,6 @@ It writes what the backward pass reads of all blocks right into the stacks that 
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,23 +16,16 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from .. import _compat
 from ..errors import CannotRewrite
 from ..passes.order import sort_topologically
 from ..passes.restack import is_returned
 from ..passes.row_gradients import call
 from ..passes.views import is_view
 from ..recurrent import own as own  # the operator
-from ..recurrent.step_cpp import TYPES
-from .blocks_op import blocks_text
 from .find import STACK, ForwardBlocks, find_forward_blocks
-from .kernel_cpp import threads_for
+from .limits import check_bytes, is_checkpointed, is_for_cpus, is_real, rows_within_limit
+from .op import blocks_text
 from .program import Source, source_of, step_of
-
-MOST_ROWS = 32
-"""Rows of the batch beyond which a library's products are faster."""
-MOST_BYTES_ALONE = 1 << 19
-"""What a block reads, such as weights, that is read as fast by one thread as by several."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ def fuse_forward(graph: Graph, *, compiles: bool) -> list[Fused]:
         graph: changed in place.
         compiles: whether the kernels are compiled, so that what cannot be is left as it is.
     """
-    if not _is_for_cpus(graph):
+    if not is_for_cpus(graph):
         return []
     done: list[Fused] = []
     refused: set[Node] = set()
@@ -76,20 +68,10 @@ def _fuse_next(graph: Graph, done: list[Fused], refused: set[Node], compiles: bo
     return None
 
 
-def _is_for_cpus(graph: Graph) -> bool:
-    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
-    return all(value.device.type == "cpu" for value in values if isinstance(value, Tensor))
-
-
 def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
-    value = blocks.entry.meta["val"]
-    if not isinstance(value, Tensor) or value.dtype not in TYPES or value.dim() < 2 or 0 in value.shape:
-        raise CannotRewrite("the state is no batch of float32 or float64")
-    if any(n.meta.get("recompute") is not None for n in blocks.inside):
+    rows = rows_within_limit(blocks.entry)
+    if is_checkpointed(blocks.inside):
         raise CannotRewrite("what is checkpointed is not to be kept")
-    rows = _compat.size_hint(value.shape[0])
-    if rows > MOST_ROWS:
-        raise CannotRewrite(f"the batch has more than {MOST_ROWS} rows, for which a library is faster")
     escaping = _escaping(blocks)
     needed = _needed_for(escaping, blocks)
     emitted = [n for n in needed if n is not blocks.entry and n is not blocks.exit]
@@ -97,16 +79,11 @@ def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
         user not in blocks.inside for n in blocks.states[1:-1] for user in n.users
     )
     sources = [source_of(blocks.column(leaf)) for leaf in blocks.leaves]
-    if threads_for(rows) < torch.get_num_threads() and sum(map(_bytes_of, sources)) > MOST_BYTES_ALONE:
-        raise CannotRewrite("the weights are large and the rows few, for which a library is faster")
+    check_bytes(rows, sources)
     step = step_of(blocks, sources, emitted, keep=keep)
     places = [s.rows for s in sources]
-    text = blocks_text(step, value.dtype, len(blocks.blocks), places, compiles=compiles)
+    text = blocks_text(step, blocks.entry.meta["val"].dtype, len(blocks.blocks), places, compiles=compiles)
     _Replacement(graph, blocks, emitted, keep).insert(sources, text, escaping)
-
-
-def _bytes_of(source: Source) -> int:
-    return _compat.size_hint(math.prod(source.shape)) * source.dtype.itemsize
 
 
 def _escaping(blocks: ForwardBlocks) -> list[Node]:
@@ -124,7 +101,7 @@ def _needed_for(escaping: Sequence[Node], blocks: ForwardBlocks) -> list[Node]:
     waiting = list(escaping)
     while waiting:
         node = waiting.pop(0)
-        if node is blocks.entry or _is_real(node, blocks):
+        if node is blocks.entry or is_real(node, blocks.entry):
             found.setdefault(node)
         elif _is_pointwise(node, blocks):
             waiting.extend(node.all_input_nodes)
@@ -133,12 +110,6 @@ def _needed_for(escaping: Sequence[Node], blocks: ForwardBlocks) -> list[Node]:
                 f"the backward pass reads {node.name}, which has no row for each of the batch", node
             )
     return list(found)
-
-
-def _is_real(node: Node, blocks: ForwardBlocks) -> bool:
-    value, state = node.meta["val"], blocks.entry.meta["val"]
-    alike = isinstance(value, Tensor) and value.dtype == state.dtype and value.is_contiguous()
-    return alike and value.dim() > 0 and str(value.shape[0]) == str(state.shape[0])
 
 
 def _is_pointwise(node: Node, blocks: ForwardBlocks) -> bool:

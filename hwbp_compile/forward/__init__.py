@@ -1,4 +1,0 @@
-"""The forward pass of equal blocks as one kernel, where rows of the batch do not depend on one another.
-
-A small block is a few microseconds of arithmetic in many times as much of calls.
-"""

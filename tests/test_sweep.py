@@ -1,0 +1,441 @@
+"""The exact backward pass of a chain as one kernel: where it is found, if it is right, its limits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import joint_graphs, recorded
+from equal_blocks import (
+    BLOCKS,
+    HIDDEN,
+    MORE_VARIANTS,
+    VARIANTS,
+    AllStates,
+    Attending,
+    Block,
+    Checkpointed,
+    Columns,
+    Conditioned,
+    D,
+    Masked,
+    MaskedWeights,
+    OneIsDifferent,
+    Reading,
+    Shared,
+    Towers,
+    Trunk,
+    Truths,
+    compiled,
+    equal,
+    model,
+    results,
+    x_of,
+)
+from torch import Tensor, nn
+
+import hwbp_compile
+from hwbp_compile.blocks import limits, op
+from hwbp_compile.blocks.kernel_cpp import BlocksKernel
+from hwbp_compile.errors import CannotRewrite
+from hwbp_compile.options import Options
+from hwbp_compile.passes import pipeline
+from hwbp_compile.passes.pipeline import Outcome
+
+pytestmark = pytest.mark.usefixtures("kernels_op_by_op")
+
+EXACT = {"iterations": "exact", "apply": "auto"}
+
+
+def outcomes(m: nn.Module, *inputs: Tensor, tolerance: float = 1e-11, **options: Any) -> list[Outcome]:
+    """What became of the chains; output and gradients are those of eager torch."""
+    expected = results(m, m, *inputs)
+    with recorded() as records:
+        found = results(m, compiled(m, **EXACT | options), *inputs)
+    equal(found, expected, tolerance)
+    return [outcome for record in records for outcome in record.outcomes]
+
+
+def check(m: nn.Module, *inputs: Tensor, chains: int = 1, **options: Any) -> None:
+    """So many chains are swept, each by one kernel."""
+    found = outcomes(m, *inputs, **options)
+    assert [o.no_sweep for o in found] == [""] * chains
+    assert all(o.is_swept and not o.is_iterated for o in found)
+
+
+def reason(m: nn.Module, *inputs: Tensor, **options: Any) -> str:
+    """Why no chain is swept."""
+    found = outcomes(m, *inputs, tolerance=1e-10, **options)
+    assert not any(o.is_swept for o in found)
+    (why,) = {o.no_sweep for o in found}
+    return why
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(pytest.param(how, id=name) for name, how in VARIANTS.items()),
+        *(pytest.param(how, id=name, marks=pytest.mark.slow) for name, how in MORE_VARIANTS.items()),
+    ],
+)
+def test_gradients_are_right(how: dict[str, Any]) -> None:
+    check(model(**how), x_of())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 32, D])
+def test_any_batch(batch: int) -> None:
+    check(model(act=torch.tanh), x_of(batch))
+
+
+def test_single_precision() -> None:
+    check(model(act=F.gelu).float(), x_of().float(), tolerance=2e-5)
+
+
+def test_both_passes_are_one_operator_each() -> None:
+    m = model(act=F.gelu)
+    with recorded() as records, joint_graphs() as graphs:
+        results(m, compiled(m, **EXACT), x_of())
+    assert [f.reason for f in records[0].forward] == [""]
+    kernels = [n for n in graphs[0].nodes if "hwbp_compile.blocks" in str(n.target)]
+    assert len(kernels) == 2
+    # What is left of products are the layers at both ends, and the gradients of two weights, batched.
+    products = [str(n.target) for n in graphs[0].nodes if "mm" in str(n.target)]
+    assert sum("bmm" in p for p in products) == 2
+    assert len(products) <= 2 + 6
+
+
+def test_rows_of_stacked_parameters() -> None:
+    m, plain = model(act=F.gelu), model(act=F.gelu)
+    expected = results(plain, plain, x_of())[1:2]
+    hwbp_compile.stack_parameters(m)
+    with recorded() as records, joint_graphs() as graphs:
+        found = results(m, compiled(m, **EXACT), x_of())[1:2]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert records[0].outcomes[0].is_swept
+    assert not [n for n in graphs[0].nodes if "hwbp_compile.stack" in str(n.target)]
+    hwbp_compile.unstack_parameters(m)
+    for p, q in zip(m.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-11)
+
+
+class Heads(nn.Module):
+    """Gradients join the residual stream at every state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(act=F.gelu) for _ in range(BLOCKS))
+        self.heads = nn.ModuleList(nn.Linear(D, 2) for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=x.dtype)
+        for block, head in zip(self.blocks, self.heads, strict=True):
+            x = block(x)
+            total = total + head(x).sin().sum()
+        return total + x
+
+
+class Tied(nn.Module):
+    """One block, applied several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(act=torch.tanh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(BLOCKS):
+            x = self.block(x)
+        return x
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "tensors with rows and shared ones": (Conditioned, 2),
+    "an input of the model": (Shared, 2),
+    "computed weights": (MaskedWeights, 1),
+    "computed weights and masks": (Masked, 2),
+    "columns": (lambda: Columns(wide=True), 1),
+    "truth values": (lambda: nn.Sequential(*(Truths() for _ in range(BLOCKS))), 1),
+    "shared weights": (Tied, 1),
+}
+
+
+class _Summed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([(i + 1) * s for i, s in enumerate(self.inner(x))])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_what_blocks_read(name: str, batch: int) -> None:
+    make, count = MODELS[name]
+    torch.manual_seed(0)
+    m = make().double()
+    check(m, x_of(batch, D), *[torch.randn(batch, D).double()] * (count - 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_as_large_as_the_state_is_wide(name: str) -> None:
+    """Then shapes alone do not tell the batch from what weights have; what is not certain stays as it is."""
+    make, count = MODELS[name]
+    torch.manual_seed(0)
+    m = make().double()
+    found = outcomes(m, x_of(D, D), *[torch.randn(D, D).double()] * (count - 1))
+    assert [o.is_swept or bool(o.no_sweep) for o in found] == [True]
+
+
+@pytest.mark.parametrize("make", [Heads, lambda: _Summed(AllStates())])
+def test_gradients_that_join_at_states(make: Callable[[], nn.Module]) -> None:
+    """The last block, whose state the loss reads in another way, may be of another kind."""
+    torch.manual_seed(0)
+    found = [o for o in outcomes(make().double(), x_of(4, D)) if len(o.found.blocks) >= BLOCKS - 1]
+    assert found
+    assert all(o.is_swept or o.no_sweep for o in found)
+
+
+def test_one_chain_of_two() -> None:
+    torch.manual_seed(0)
+    found = outcomes(Towers().double(), x_of(4, D))
+    assert [o.is_swept for o in found].count(True) >= 1
+
+
+def test_a_chain_that_begins_inside_of_another() -> None:
+    torch.manual_seed(0)
+    check(Trunk().double(), x_of(4, D), chains=2)
+
+
+def test_a_chain_that_reads_another() -> None:
+    torch.manual_seed(0)
+    check(Reading().double(), x_of(4, D), x_of(4, D).cos(), chains=2)
+
+
+def test_frozen_weights() -> None:
+    m = model(act=F.gelu)
+    for i in (1, 3):
+        m[i].up.weight.requires_grad_(False)
+    expected = results(m, m, x_of())
+    found = results(m, compiled(m, **EXACT), x_of())
+    equal(found, expected)
+
+
+def test_dropout_has_one_mask_in_both_passes() -> None:
+    m = model(act=torch.tanh, dropout=0.3)
+    run, x, direction = compiled(m, **EXACT), x_of(), x_of().cos()
+
+    def value(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return run(x).sin().sum()
+
+    with recorded() as records:
+        (gradient,) = torch.autograd.grad(value(x.requires_grad_()), x)
+    assert records[0].outcomes[0].is_swept
+    step = 1e-5 * direction
+    slope = (value(x + step) - value(x - step)).detach() / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+def test_two_backward_passes_of_one_step_accumulate() -> None:
+    m, x = model(act=F.gelu), x_of()
+    y = m(x)
+    expected = torch.autograd.grad(y.sum() + y.square().sum(), list(m.parameters()))
+    run = compiled(m, **EXACT)
+    y = run(x)
+    y.sum().backward(retain_graph=True)
+    y.square().sum().backward()
+    equal([p.grad for p in m.parameters() if p.grad is not None], expected)
+
+
+def test_blocks_of_several_kinds_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    assert "several kinds" in reason(OneIsDifferent().double(), x_of(4, D))
+
+
+def test_rows_that_depend_on_one_another_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    m = nn.Sequential(*(Attending() for _ in range(BLOCKS))).double()
+    assert reason(m, 0.1 * x_of(4, D))
+    torch._dynamo.reset()
+    assert reason(model(norm="batch"), x_of())
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_checkpointed_is_not_kept(every: int) -> None:
+    torch.manual_seed(0)
+    found = outcomes(Checkpointed(every).double(), x_of(4, D), tolerance=1e-10)
+    assert not any(o.is_swept for o in found)
+
+
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "rows" in reason(model(), x_of(limits.MOST_ROWS + 1))
+    torch._dynamo.reset()
+    monkeypatch.setattr(limits, "MOST_BYTES", 8 * 2 * D * HIDDEN - 1)
+    assert "weights are large" in reason(model(), x_of())
+
+
+def test_open_sizes_stay_as_they_are() -> None:
+    m, x = model(), x_of()
+    expected = results(m, m, x)
+    options = EXACT | {"codegen": "eager"}
+    run = torch.compile(m, backend="highway", options=options, dynamic=True)
+    with recorded() as records:
+        equal(results(m, run, x), expected)
+    assert "open" in records[0].outcomes[0].no_sweep
+
+
+def test_short_chains_stay_as_they_are() -> None:
+    assert not reason(model(blocks=3), x_of())
+    torch._dynamo.reset()
+    check(model(blocks=2), x_of(), min_blocks=2)
+
+
+def test_never_is_never() -> None:
+    m = model()
+    expected = results(m, m, x_of())
+    with recorded() as records, joint_graphs() as graphs:
+        equal(results(m, compiled(m, apply="never"), x_of()), expected)
+    assert not any(o.schedule for r in records for o in r.outcomes)
+    assert not any("hwbp_compile.blocks" in str(n.target) for g in graphs for n in g.nodes)
+
+
+def test_always_iterates() -> None:
+    found = outcomes(model(), x_of(), apply="always", iterations=BLOCKS)
+    assert [o.is_iterated for o in found] == [True]
+
+
+@pytest.mark.measured
+@pytest.mark.parametrize("k", [1, 2, "auto"])
+def test_a_kernel_is_preferred_to_iterations(k: int | str) -> None:
+    """Gradients are exact although few iterations were allowed."""
+    check(model(act=F.gelu), x_of(), iterations=k)
+
+
+@pytest.mark.measured
+def test_nothing_is_watched_where_a_kernel_is_preferred(programs: list[Any]) -> None:
+    m, x = model(act=F.gelu), x_of()
+    expected = results(m, m, x)
+    run = compiled(m, iterations="auto", apply="auto")
+    for _ in range(4):
+        equal(results(m, run, x), expected)
+    assert len(programs) == 1
+
+
+def test_which_options_have_kernels() -> None:
+    graph = torch.fx.Graph()
+    assert pipeline.may_have_kernels(graph, Options(iterations="exact"))
+    assert not pipeline.may_have_kernels(graph, Options(iterations="exact", apply="never"))
+
+
+def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise CannotRewrite("the kernel cannot be compiled: no compiler")
+
+    op._of.cache_clear()
+    monkeypatch.setattr(BlocksKernel, "__init__", none)
+    assert "no compiler" in reason(model(act=F.gelu), x_of())
+
+
+def test_without_a_compiler_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that finds the compiled model in a cache, but has no compiler."""
+    m = model(act=F.gelu)
+    expected = results(m, m, x_of())
+    run = compiled(m, **EXACT)
+    results(m, run, x_of())
+    monkeypatch.setattr(op._Blocks, "kernel", "the kernel cannot be compiled: no compiler")
+    op._of.cache_clear()
+    equal(results(m, run, x_of()), expected)
+
+
+def test_an_internal_error_leaves_the_chain_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(pipeline, "trace_schedule", fail)
+    with caplog.at_level(logging.CRITICAL, "hwbp_compile"):
+        assert "ZeroDivisionError" in reason(model(), x_of())
+    caplog.clear()
+
+
+def test_explain_says_so() -> None:
+    found = hwbp_compile.explain(model(), x_of(), options=EXACT)
+    (chain,) = found.chains
+    assert chain.swept
+    assert not chain.applied
+    assert chain.iterations is None
+    assert chain.new_nodes > 0
+    assert found.to_dict()["chains"][0]["swept"] is True
+    text = " ".join(str(found).split())
+    assert "the backward pass is exact, for 1 of them by one kernel" in text
+    assert "exact, by one kernel" in text
+    assert f"the forward pass of {BLOCKS} blocks is one kernel" in text
+
+
+def test_explain_says_why_not() -> None:
+    torch.manual_seed(0)
+    found = hwbp_compile.explain(OneIsDifferent().double(), x_of(4, D), options=EXACT)
+    assert not found.chains[0].swept
+    assert "nor does one kernel compute it: its blocks are of several kinds" in " ".join(str(found).split())
+
+
+def test_drawing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = hwbp_compile.explain(model(), x_of(), options=EXACT).draw(tmp_path / "swept.svg")
+    text = path.read_text()
+    assert "exact sweep" in text
+    assert "one kernel for all blocks" in text
+
+
+@pytest.mark.slow
+def test_inductor_runs_it_and_finds_it_in_its_cache(tmp_path: Path) -> None:
+    """With options at their defaults; compiled code of another process finds the kernels by their text."""
+    program = """
+import torch, torch.nn.functional as F
+from torch import nn
+import hwbp_compile, hwbp_compile.backend
+from hwbp_compile.passes.pipeline import rewrite
+calls = []
+def counted(*args, **kwargs):
+    calls.append(rewrite(*args, **kwargs))
+    return calls[-1]
+hwbp_compile.backend.rewrite = counted
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+torch.manual_seed(0)
+m = nn.Sequential(*(Block() for _ in range(6)))
+x = torch.randn(4, 16)
+expected = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
+run = torch.compile(m, backend="highway", dynamic=False)
+for _ in range(3):
+    y = run(x)
+    torch.testing.assert_close(y, m(x), rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(y.square().sum(), list(m.parameters()))
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+print("passes", len(calls), [o.is_swept for r in calls for o in r.outcomes])
+"""
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip().splitlines()[-1])
+    assert said == ["passes 1 [True]", "passes 0 []"]
