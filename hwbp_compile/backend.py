@@ -152,11 +152,13 @@ class HighwayPass:
         log_record(record, graph)
 
     def _keep_exact(self, graph: Graph) -> None:
-        if may_have_kernels(graph, self.options):
+        def sweep(graph: Graph) -> None:
             log_record(rewrite(graph, self.options, compiles=True), graph)
-            return
-        drop_observations(graph)
-        simplified(graph, join_row_gradients, take_apart)
+
+        # Where nothing is iterated no failure of ours may end a compilation.
+        if not may_have_kernels(graph, self.options) or not simplified(graph, sweep):
+            drop_observations(graph)
+            simplified(graph, join_row_gradients, take_apart)
 
     def uuid(self) -> Any:
         """Changes with any option, any of our sources, the version of torch, and the sizes that decide."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -316,3 +320,57 @@ class OneIsDifferent(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+_PROGRAM = """
+import torch, torch.nn.functional as F
+from torch import nn
+import hwbp_compile, hwbp_compile.backend
+from hwbp_compile.passes.pipeline import rewrite
+calls = []
+def counted(*args, **kwargs):
+    calls.append(rewrite(*args, **kwargs))
+    return calls[-1]
+hwbp_compile.backend.rewrite = counted
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+torch.manual_seed(0)
+m = nn.Sequential(*(Block() for _ in range(6)))
+x = torch.randn(4, 16)
+expected = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
+run = torch.compile(m, backend="highway", options=OPTIONS, dynamic=False)
+for _ in range(3):
+    y = run(x)
+    torch.testing.assert_close(y, m(x), rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(y.square().sum(), list(m.parameters()))
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+print("passes", len(calls), SHOWN)
+"""
+
+
+def said_by_two_processes(folder: Path, options: dict[str, Any], shown: str) -> list[str]:
+    """How often the passes run in each of two processes that train a model and share a cache, and ``shown``.
+
+    Outputs and gradients are compared with eager torch.
+
+    Args:
+        folder: of the cache.
+        options: of the backend.
+        shown: an expression, of the records in ``calls``.
+    """
+    program = _PROGRAM.replace("OPTIONS", repr(options)).replace("SHOWN", shown)
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.strip().splitlines()[-1])
+    return said

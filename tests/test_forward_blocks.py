@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +37,7 @@ from equal_blocks import (
     equal,
     model,
     results,
+    said_by_two_processes,
     x_of,
 )
 from torch import Tensor, nn
@@ -415,44 +413,11 @@ def test_a_step_is_the_same_after_it_was_text() -> None:
 @pytest.mark.slow
 def test_inductor_runs_it_and_finds_it_in_its_cache(tmp_path: Any) -> None:
     """Compiled code of another process finds the kernel by its text."""
-    program = """
-import torch, torch.nn.functional as F
-from torch import nn
-import hwbp_compile, hwbp_compile.backend
-from hwbp_compile.passes.pipeline import rewrite
-calls = []
-def counted(*args, **kwargs):
-    calls.append(rewrite(*args, **kwargs))
-    return calls[-1]
-hwbp_compile.backend.rewrite = counted
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(x)))
-torch.manual_seed(0)
-m = nn.Sequential(*(Block() for _ in range(6)))
-x = torch.randn(4, 16)
-expected = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
-run = torch.compile(m, backend="highway", options={"iterations": 6, "apply": "always"}, dynamic=False)
-y = run(x)
-torch.testing.assert_close(y, m(x), rtol=1e-5, atol=1e-5)
-found = torch.autograd.grad(y.square().sum(), list(m.parameters()))
-for f, e in zip(found, expected):
-    torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
-print("passes", len(calls), [f.reason for r in calls for f in r.forward])
-"""
-    said = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout.strip().splitlines()[-1])
-    assert said == ["passes 1 ['']", "passes 0 []"]
+    options = {"iterations": 6, "apply": "always"}
+    assert said_by_two_processes(tmp_path, options, "[f.reason for r in calls for f in r.forward]") == [
+        "passes 1 ['']",
+        "passes 0 []",
+    ]
 
 
 def test_modules_are_not_changed() -> None:

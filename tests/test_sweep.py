@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,11 +35,13 @@ from equal_blocks import (
     equal,
     model,
     results,
+    said_by_two_processes,
     x_of,
 )
 from torch import Tensor, nn
 
 import hwbp_compile
+from hwbp_compile import backend
 from hwbp_compile.blocks import limits, op
 from hwbp_compile.blocks.kernel_cpp import BlocksKernel
 from hwbp_compile.errors import CannotRewrite
@@ -397,45 +396,41 @@ def test_drawing(tmp_path: Path) -> None:
     assert "one kernel for all blocks" in text
 
 
+def test_a_failure_of_the_passes_leaves_the_graph_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(graph: torch.fx.Graph, *_: object, **__: object) -> None:
+        for node in reversed(graph.nodes):
+            graph.erase_node(node)
+        raise ZeroDivisionError("a bug")
+
+    m = model()
+    expected = results(m, m, x_of())
+    monkeypatch.setattr(backend, "rewrite", fail)
+    found = results(m, compiled(m, **EXACT), x_of())
+    equal(found, expected)
+    assert "left out after an internal error" in caplog.text
+    caplog.clear()
+
+
+def test_a_sweep_that_cannot_be_inserted_is_not_said_to_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "closes_a_cycle", lambda *_: True)
+    (exact,) = outcomes(model(), x_of())
+    assert 'iterations="exact"' in exact.reason
+    assert "depends on its own result" in exact.no_sweep
+    torch._dynamo.reset()
+    monkeypatch.setattr(pipeline, "prefers_kernels", lambda: True)
+    (preferred,) = outcomes(model(), x_of(), iterations=2)
+    assert not preferred.is_swept
+    assert "depends on its own result" in preferred.reason
+
+
 @pytest.mark.slow
 def test_inductor_runs_it_and_finds_it_in_its_cache(tmp_path: Path) -> None:
     """With options at their defaults; compiled code of another process finds the kernels by their text."""
-    program = """
-import torch, torch.nn.functional as F
-from torch import nn
-import hwbp_compile, hwbp_compile.backend
-from hwbp_compile.passes.pipeline import rewrite
-calls = []
-def counted(*args, **kwargs):
-    calls.append(rewrite(*args, **kwargs))
-    return calls[-1]
-hwbp_compile.backend.rewrite = counted
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(x)))
-torch.manual_seed(0)
-m = nn.Sequential(*(Block() for _ in range(6)))
-x = torch.randn(4, 16)
-expected = torch.autograd.grad(m(x).square().sum(), list(m.parameters()))
-run = torch.compile(m, backend="highway", dynamic=False)
-for _ in range(3):
-    y = run(x)
-    torch.testing.assert_close(y, m(x), rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(y.square().sum(), list(m.parameters()))
-    for f, e in zip(found, expected):
-        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
-print("passes", len(calls), [o.is_swept for r in calls for o in r.outcomes])
-"""
-    said = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout.strip().splitlines()[-1])
-    assert said == ["passes 1 [True]", "passes 0 []"]
+    assert said_by_two_processes(tmp_path, {}, "[o.is_swept for r in calls for o in r.outcomes]") == [
+        "passes 1 [True]",
+        "passes 0 []",
+    ]

@@ -23,7 +23,7 @@ from ..passes.row_gradients import call
 from ..passes.views import is_view
 from ..recurrent import own as own  # the operator
 from .find import STACK, ForwardBlocks, find_forward_blocks
-from .limits import check_bytes, is_checkpointed, is_for_cpus, is_real, rows_within_limit
+from .limits import check_bytes, check_kept, is_for_cpus, is_real, rows_within_limit
 from .op import blocks_text
 from .program import Source, source_of, step_of
 
@@ -70,8 +70,7 @@ def _fuse_next(graph: Graph, done: list[Fused], refused: set[Node], compiles: bo
 
 def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
     rows = rows_within_limit(blocks.entry)
-    if is_checkpointed(blocks.inside):
-        raise CannotRewrite("what is checkpointed is not to be kept")
+    check_kept(blocks.inside)
     escaping = _escaping(blocks)
     needed = _needed_for(escaping, blocks)
     emitted = [n for n in needed if n is not blocks.entry and n is not blocks.exit]

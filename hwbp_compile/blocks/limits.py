@@ -34,10 +34,12 @@ def rows_within_limit(state: Node) -> int:
         CannotRewrite: it is none that a kernel is for.
     """
     value = state.meta["val"]
-    if not isinstance(value, Tensor) or value.dtype not in TYPES or value.dim() < 2 or 0 in value.shape:
+    if not isinstance(value, Tensor) or value.dtype not in TYPES or value.dim() < 2:
         raise CannotRewrite("the state is no batch of float32 or float64")
     if not all(isinstance(n, int) for n in value.shape):
         raise CannotRewrite("its sizes are open")
+    if 0 in value.shape:
+        raise CannotRewrite("the state is empty")
     rows = value.shape[0]
     if rows > MOST_ROWS:
         raise CannotRewrite(f"the batch has more than {MOST_ROWS} rows, for which a library is faster")
@@ -63,9 +65,14 @@ def check_bytes(rows: int, sources: Iterable[Source], *, backward: bool = False)
         raise CannotRewrite(f"the weights are large{few}, for which a library is faster")
 
 
-def is_checkpointed(nodes: Iterable[Node]) -> bool:
-    """Whether some nodes are computed again instead of being kept."""
-    return any(n.meta.get("recompute") is not None for n in nodes)
+def check_kept(nodes: Iterable[Node]) -> None:
+    """Refuse what is computed again in the backward pass.
+
+    Raises:
+        CannotRewrite: some of the nodes are checkpointed.
+    """
+    if any(n.meta.get("recompute") is not None for n in nodes):
+        raise CannotRewrite("what is checkpointed is not to be kept")
 
 
 def is_real(node: Node, state: Node) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .. import _compat
-from ..blocks.limits import is_checkpointed
+from ..blocks.limits import check_kept
 from ..blocks.sweep import Places, Sweep
 from ..chain import Chain
 from ..errors import CannotRewrite
@@ -82,8 +82,8 @@ def trace_schedule(
     else:
         solver = _Iteration(chain, options)
     nodes = tuple(dict.fromkeys([*solver.inputs, *read_by(owners, groups)]))
-    if isinstance(solver, Sweep) and is_checkpointed(views_of(n)[0] for n in nodes):
-        raise CannotRewrite("what is checkpointed is not to be kept")
+    if isinstance(solver, Sweep):
+        check_kept(views_of(n)[0] for n in nodes)
     replaced: list[Node] = []
     summed: list[GradientGroup] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -248,19 +249,27 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
                 done[i] = outcome
             elif closes_a_cycle(outcome.schedule, renamed):
                 why = "what it reads depends on its own result, by way of another rewritten chain"
-                done[i] = Outcome(outcome.found, outcome.reason or why)
+                done[i] = _without_schedule(outcome, why)
             else:
                 new = insert_schedule(graph, outcome.schedule, renamed)
                 done[i] = replace(outcome, new=tuple(new))
         sort_topologically(graph)
         graph.eliminate_dead_code()
         graph.lint()
-    except Exception as error:  # see _plan
+    except Exception as error:  # see _traced
         log.warning("All chains are left exact after an internal error.", exc_info=True)
         _compat.restore_graph(graph, backup)
         prepare(graph, backup=backup)
-        return [Outcome(o.found, o.reason or _internal(error)) for o in outcomes]
+        return [_without_schedule(o, _internal(error)) for o in outcomes]
     return [done[i] for i in range(len(outcomes))]
+
+
+def _without_schedule(outcome: Outcome, why: str) -> Outcome:
+    """What becomes of a chain whose schedule, if it has one, cannot be in the graph."""
+    if outcome.schedule is None:
+        return outcome
+    reason = why if outcome.reason in ("", BY_KERNEL) else outcome.reason
+    return Outcome(outcome.found, reason, no_sweep=why if outcome.is_swept else "")
 
 
 def _outcomes(
@@ -274,56 +283,44 @@ def _outcomes(
 ) -> list[Outcome]:
     """Trace the schedules of the chains, and decide which of them there are to be."""
 
-    def swept(outcome: Outcome, options: Options) -> Outcome:
-        if outcome.schedule is not None or not may_have_kernels(graph, options):
-            return outcome
-        return _swept(outcome, options, part, taken, compiles)
+    @functools.cache
+    def sweep(number: int) -> Schedule | str:
+        """An exact sweep by one kernel; or why there is none, empty if none was tried."""
+        chain, each = found[number], options[number]
+        if isinstance(chain, Refusal) or len(chain.blocks) < each.min_blocks:
+            return ""
+        if not may_have_kernels(graph, each):
+            return ""
+        exact = replace(each, iterations="exact", watch=0, exact_tail=0)
+        return _traced(chain, exact, part, taken, compiles=compiles)
+
+    def chosen(number: int) -> Outcome:
+        chain, each = found[number], options[number]
+        chooses = each.apply == "auto" and (each.watch > 0 or each.iterations != "exact")
+        if chooses and prefers_kernels() and isinstance(sweep(number), Schedule):
+            return Outcome(chain, BY_KERNEL)
+        if each.watch and each.apply != "auto":
+            return Outcome(chain, "")
+        return _plan(chain, judged[number], part, taken)
 
     judged = [o.judged() if o.watch and o.apply == "auto" else o for o in options]
-    planned = []
-    for f, o, j in zip(found, options, judged, strict=True):
-        chooses = o.apply == "auto" and (o.watch or o.iterations != "exact")
-        first = swept(Outcome(f, BY_KERNEL), j) if chooses and prefers_kernels() else None
-        if first is not None and first.is_swept:
-            planned.append(first)
-        elif o.watch and o.apply != "auto":
-            planned.append(Outcome(f, ""))
-        else:
-            planned.append(_plan(f, j, part, taken))
-            if first is not None:
-                planned[-1] = replace(planned[-1], no_sweep=first.no_sweep)
-    planned = _worth_it(graph, planned, judged)
+    planned = _worth_it(graph, [chosen(i) for i in range(len(found))], judged)
     watched = [bool(o.watch) and not p.reason for o, p in zip(options, planned, strict=True)]
     if stops and any(w and isinstance(f, Chain) for w, f in zip(watched, found, strict=True)):
         raise IsWatched
     done = []
-    for f, o, p, w in zip(found, options, planned, watched, strict=True):
-        if w:
-            done.append(
-                replace(_plan(f, replace(o, iterations=o.watch), part, taken), comparison=p.comparison)
-            )
-        else:
-            done.append(p if p.no_sweep else swept(p, o))
+    for i, outcome in enumerate(planned):
+        if watched[i]:
+            seen = _plan(found[i], replace(options[i], iterations=options[i].watch), part, taken)
+            outcome = replace(seen, comparison=outcome.comparison)
+        elif outcome.schedule is None:
+            kernel = sweep(i)
+            if isinstance(kernel, Schedule):
+                outcome = replace(outcome, schedule=kernel)
+            else:
+                outcome = replace(outcome, no_sweep=kernel)
+        done.append(outcome)
     return done
-
-
-def _swept(outcome: Outcome, options: Options, part: LinearPart, taken: set[Node], compiles: bool) -> Outcome:
-    """Have one kernel compute the exact backward pass of a chain, if there is one."""
-    chain = outcome.found
-    if isinstance(chain, Refusal) or len(chain.blocks) < options.min_blocks:
-        return outcome
-    exact = replace(options, iterations="exact", watch=0)
-    try:
-        return replace(outcome, schedule=trace_schedule(chain, exact, part, taken, compiles=compiles))
-    except CannotRewrite as refusal:
-        return replace(outcome, no_sweep=refusal.reason)
-    except _compat.restart_exceptions():
-        raise
-    except Exception as error:
-        log.warning(
-            "A chain of %d blocks gets no kernel after an internal error.", len(chain.blocks), exc_info=True
-        )
-        return replace(outcome, no_sweep=_internal(error))
 
 
 def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
@@ -333,18 +330,26 @@ def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set
     reason = reason_to_leave_exact(found, options)
     if reason is not None:
         return Outcome(found, reason)
+    schedule = _traced(found, options, part, taken)
+    return Outcome(found, schedule) if isinstance(schedule, str) else Outcome(found, "", schedule)
+
+
+def _traced(
+    chain: Chain, options: Options, part: LinearPart, taken: set[Node], *, compiles: bool = False
+) -> Schedule | str:
+    """The schedule of a chain; or why there is none."""
     try:
-        chain = without_tail(found, options.exact_tail)
-        return Outcome(found, "", trace_schedule(chain, options, part, taken))
+        head = without_tail(chain, options.exact_tail)
+        return trace_schedule(head, options, part, taken, compiles=compiles)
     except CannotRewrite as refusal:
-        return Outcome(found, refusal.reason)
+        return refusal.reason
     except _compat.restart_exceptions():
         raise
     except Exception as error:  # a bug of ours must not stop a training that exact backprop could do
         log.warning(
-            "A chain of %d blocks is left exact after an internal error.", len(found.blocks), exc_info=True
+            "A chain of %d blocks is left exact after an internal error.", len(chain.blocks), exc_info=True
         )
-        return Outcome(found, _internal(error))
+        return _internal(error)
 
 
 def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Options]) -> list[Outcome]:
