@@ -103,8 +103,8 @@ class Options:
 
     def exact(self) -> Options:
         """The options of an exact backward pass: the same, whatever its iterations would have been."""
-        blocks, given = self.records_blocks, frozenset({"iterations"})
-        return Options(iterations="exact", codegen=self.codegen, records_blocks=blocks, given=given)
+        kept = {name: getattr(self, name) for name in ("codegen", "min_blocks", "records_blocks")}
+        return Options(iterations="exact", given=frozenset({"iterations"}), **kept)
 
     def for_chain(self, chosen: Sequence[bool] | None, number: int) -> Options:
         """The options for one chain where some are chosen, by number; these where none are."""

@@ -62,6 +62,12 @@ def test_defaults() -> None:
     assert (ours.iterations, ours.gamma, ours.group_size, ours.exact_tail) == ("auto", 0.0, 1, 0)
 
 
+def test_exact_programs_rewrite_no_shorter_chains() -> None:
+    assert Options(min_blocks=9, iterations=2, gamma=0.5).exact() == Options(
+        min_blocks=9, iterations="exact", given=frozenset({"iterations"})
+    )
+
+
 def test_defaults_over_time() -> None:
     """They hold for what is not given, each on its own."""
 

@@ -25,7 +25,6 @@ from equal_blocks import (
     D,
     Masked,
     MaskedWeights,
-    OneIsDifferent,
     Reading,
     Shared,
     Towers,
@@ -46,7 +45,7 @@ from hwbp_compile.blocks import limits, op
 from hwbp_compile.blocks.kernel_cpp import BlocksKernel
 from hwbp_compile.errors import CannotRewrite
 from hwbp_compile.options import Options
-from hwbp_compile.passes import pipeline
+from hwbp_compile.passes import pipeline, worth
 from hwbp_compile.passes.pipeline import Outcome
 
 pytestmark = pytest.mark.usefixtures("kernels_op_by_op")
@@ -196,11 +195,36 @@ def test_batch_as_large_as_the_state_is_wide(name: str) -> None:
 
 @pytest.mark.parametrize("make", [Heads, lambda: _Summed(AllStates())])
 def test_gradients_that_join_at_states(make: Callable[[], nn.Module]) -> None:
-    """The last block, whose state the loss reads in another way, may be of another kind."""
+    """The last block, whose state the loss reads in another way, is of another kind."""
     torch.manual_seed(0)
-    found = [o for o in outcomes(make().double(), x_of(4, D)) if len(o.found.blocks) >= BLOCKS - 1]
-    assert found
-    assert all(o.is_swept or o.no_sweep for o in found)
+    (outcome,) = [o for o in outcomes(make().double(), x_of(4, D)) if len(o.found.blocks) >= BLOCKS - 1]
+    assert outcome.is_swept
+    assert outcome.schedule is not None
+    assert len(outcome.schedule.chain.blocks) == len(outcome.found.blocks) - 1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(Tensor.sum, id="sum"),
+        pytest.param(lambda x: x.mean(0), id="mean of rows"),
+        pytest.param(lambda x: x.sum(-1), id="sum of columns"),
+        pytest.param(lambda x: x.T, id="transposed"),
+        pytest.param(lambda x: x[:, ::2], id="columns"),
+    ],
+)
+def test_a_last_state_whose_cotangent_is_a_view(loss: Callable[[Tensor], Tensor]) -> None:
+    """Such as one number, expanded."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = model(act=F.gelu)[:-1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return loss(self.blocks(x))
+
+    check(Model(), x_of())
 
 
 def test_one_chain_of_two() -> None:
@@ -255,9 +279,57 @@ def test_two_backward_passes_of_one_step_accumulate() -> None:
     equal([p.grad for p in m.parameters() if p.grad is not None], expected)
 
 
-def test_blocks_of_several_kinds_stay_as_they_are() -> None:
+class Kinds(nn.Module):
+    """Blocks of several kinds, some of which are next to each other."""
+
+    def __init__(self, *kinds: int) -> None:
+        super().__init__()
+        widths = (HIDDEN, 2 * HIDDEN, D)
+        self.blocks = nn.Sequential(*(Block(act=F.gelu, hidden=widths[kind]) for kind in kinds))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "swept"),
+    [
+        ([0, 0, 0, 0, 1, 0, 0], 4),  # next to the input
+        ([0, 0, 1, 0, 0, 0, 0], 4),  # next to the loss
+        ([0, 0, 1, 0, 0, 0, 0, 2, 0, 0, 0], 4),
+    ],
+)
+def test_of_blocks_of_several_kinds_the_longest_run_is_swept(kinds: list[int], swept: int) -> None:
     torch.manual_seed(0)
-    assert "several kinds" in reason(OneIsDifferent().double(), x_of(4, D))
+    (outcome,) = outcomes(Kinds(*kinds).double(), x_of(4, D))
+    assert outcome.is_swept
+    assert outcome.schedule is not None
+    assert len(outcome.schedule.chain.blocks) == swept
+    assert outcome.swept_share == f"the kernel is for {swept} of its {len(kinds)} blocks"
+
+
+def test_blocks_of_kinds_that_alternate_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    assert "several kinds" in reason(Kinds(0, 0, 1, 1, 0, 0, 1, 1).double(), x_of(4, D))
+
+
+@pytest.mark.measured
+@pytest.mark.parametrize(
+    ("kinds", "is_preferred"), [([0, 1, 0, 0, 0, 0, 0, 0], True), ([0, 0, 1, 0, 0, 0, 0], False)]
+)
+def test_a_kernel_for_most_blocks_is_preferred(
+    kinds: list[int], is_preferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worth.Comparison, "reason", "")
+    torch.manual_seed(0)
+    m, x = Kinds(*kinds).double(), x_of(4, D)
+    expected = results(m, m, x)
+    with recorded() as records:
+        found = results(m, compiled(m, apply="auto", iterations=len(kinds)), x)
+    equal(found, expected)
+    assert [(o.is_swept, o.is_iterated) for r in records for o in r.outcomes] == [
+        (is_preferred, not is_preferred)
+    ]
 
 
 def test_rows_that_depend_on_one_another_stay_as_they_are() -> None:
@@ -296,6 +368,8 @@ def test_short_chains_stay_as_they_are() -> None:
     assert not reason(model(blocks=3), x_of())
     torch._dynamo.reset()
     check(model(blocks=2), x_of(), min_blocks=2)
+    torch._dynamo.reset()
+    assert not reason(model(), x_of(), min_blocks=BLOCKS + 1)
 
 
 def test_never_is_never() -> None:
@@ -383,9 +457,20 @@ def test_explain_says_so() -> None:
 
 def test_explain_says_why_not() -> None:
     torch.manual_seed(0)
-    found = hwbp_compile.explain(OneIsDifferent().double(), x_of(4, D), options=EXACT)
+    found = hwbp_compile.explain(Kinds(0, 0, 1, 1, 0, 0).double(), x_of(4, D), options=EXACT)
     assert not found.chains[0].swept
     assert "nor does one kernel compute it: its blocks are of several kinds" in " ".join(str(found).split())
+
+
+def test_explain_says_of_how_many_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    m, x = Kinds(0, 0, 1, 0, 0, 0, 0).double(), x_of(4, D).requires_grad_()
+    found = hwbp_compile.explain(m, x, options=EXACT)
+    assert found.chains[0].swept
+    assert "the kernel is for 4 of its 7 blocks" in " ".join(str(found).split())
+    with caplog.at_level(logging.INFO, "hwbp_compile"):
+        results(m, compiled(m, **EXACT), x.detach())
+    assert "the kernel is for 4 of its 7 blocks" in caplog.text
 
 
 def test_drawing(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ def _fuse_next(graph: Graph, done: list[Fused], refused: set[Node], compiles: bo
 
 def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
     rows = rows_within_limit(blocks.entry)
+    if not all(n.meta["val"].is_contiguous() for n in blocks.states):
+        raise CannotRewrite("the states are not contiguous", blocks.entry)
     check_kept(blocks.inside)
     escaping = _escaping(blocks)
     needed = _needed_for(escaping, blocks)

@@ -102,8 +102,6 @@ def step_of(
         CannotRewrite: the rows of the batch depend on one another, or the batch has a size in it.
     """
     state = block.entry.meta["val"]
-    if not state.is_contiguous():
-        raise CannotRewrite("the state is not contiguous", block.entry)
     if any(s.dtype not in (state.dtype, torch.bool) for s in sources):
         raise CannotRewrite("the blocks read values of another type than their state", block.entry)
     refusal: CannotRewrite | None = None

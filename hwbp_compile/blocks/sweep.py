@@ -58,7 +58,7 @@ class Sweep:
     """A kernel for a chain.
 
     Args:
-        chain: of blocks that are to be equal.
+        chain: of blocks of one kind.
         wanted: nodes of its blocks whose values are used besides its states.
         compiles: whether the kernel is compiled now.
 
@@ -71,8 +71,10 @@ class Sweep:
     """
 
     def __init__(self, chain: Chain, wanted: Iterable[Node], *, compiles: bool) -> None:
-        (first,) = _only(chain.blocks[0].entry, "its state consists of several tensors")
-        (blocks,) = _only(chain.classes, "its blocks are of several kinds")
+        if len(chain.blocks[0].entry) != 1:
+            raise CannotRewrite("its state consists of several tensors")
+        (first,) = chain.blocks[0].entry
+        (blocks,) = chain.classes
         rows = rows_within_limit(first)
         orders = [canonical_order(block) for block in chain.blocks]
         template = blocks.template
@@ -106,12 +108,6 @@ class Sweep:
             found = torch.ops.hwbp_compile.blocks(value(self._first), values, self._text)
         _, *emitted, states = found
         return (states,), emitted
-
-
-def _only(parts: tuple[Any, ...], otherwise: str) -> tuple[Any, ...]:
-    if len(parts) != 1:
-        raise CannotRewrite(otherwise)
-    return parts
 
 
 def _read(source: Source) -> _Read:

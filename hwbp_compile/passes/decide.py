@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
-from ..chain import Chain
+from ..chain import Block, Chain
 from ..options import Options
 from .classes import classify
 
@@ -25,7 +26,19 @@ def reason_to_leave_exact(chain: Chain, options: Options) -> str | None:
 
 def without_tail(chain: Chain, exact_tail: int) -> Chain:
     """The chain that is iterated on: the graph already sweeps the last blocks exactly, one by one."""
-    if exact_tail == 0:
+    return _part(chain, chain.blocks[: len(chain.blocks) - exact_tail])
+
+
+def longest_run(chain: Chain) -> Chain:
+    """The longest part of a chain, of consecutive blocks, that are all of one kind."""
+    kinds = {i: kind for kind, each in enumerate(chain.classes) for i in each.members}
+    runs = [list(run) for _, run in itertools.groupby(range(len(chain.blocks)), kinds.__getitem__)]
+    longest = max(runs, key=len)
+    return _part(chain, chain.blocks[longest[0] : longest[-1] + 1])
+
+
+def _part(chain: Chain, blocks: tuple[Block, ...]) -> Chain:
+    """The rest of a chain stays in the graph as it is."""
+    if len(blocks) == len(chain.blocks):
         return chain
-    blocks = chain.blocks[: len(chain.blocks) - exact_tail]
     return replace(chain, blocks=blocks, classes=classify(blocks))

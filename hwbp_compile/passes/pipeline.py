@@ -20,7 +20,7 @@ from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
 from .apart import take_apart
 from .chains import find_chains
-from .decide import reason_to_leave_exact, without_tail
+from .decide import longest_run, reason_to_leave_exact, without_tail
 from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
 from .linear import LinearPart, linear_part
 from .linear_ops import op_name
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 BY_KERNEL = "one kernel computes its exact backward pass, which takes less time than iterations"
 _BY_STRIDES = {"aten::as_strided", "aten::as_strided_scatter"}
+_PREFERRED = 0.75
+"""The share of a chain's blocks that a kernel has to sweep to be preferred to iterating on all of them."""
 
 
 class IsWatched(BaseException):
@@ -65,8 +67,16 @@ class Outcome:
 
     @property
     def is_swept(self) -> bool:
-        """Whether its backward pass is exact and one kernel."""
+        """Whether its backward pass is exact, and one kernel for most of it or all."""
         return self.schedule is not None and bool(self.reason)
+
+    @property
+    def swept_share(self) -> str:
+        """Of how many blocks a kernel is, where it is not for all."""
+        if not self.is_swept or self.schedule is None:
+            return ""
+        swept, blocks = len(self.schedule.chain.blocks), len(self.found.blocks)
+        return "" if swept == blocks else f"the kernel is for {swept} of its {blocks} blocks"
 
 
 @dataclass
@@ -291,13 +301,22 @@ def _outcomes(
             return ""
         if not may_have_kernels(graph, each):
             return ""
+        run = longest_run(chain)
+        if len(run.blocks) < each.min_blocks:
+            return "its blocks are of several kinds"
         exact = replace(each, iterations="exact", watch=0, exact_tail=0)
-        return _traced(chain, exact, part, taken, compiles=compiles)
+        return _traced(run, exact, part, taken, compiles=compiles)
+
+    def is_preferred(number: int) -> bool:
+        kernel = sweep(number)
+        if not prefers_kernels() or isinstance(kernel, str):
+            return False
+        return len(kernel.chain.blocks) >= _PREFERRED * len(found[number].blocks)
 
     def chosen(number: int) -> Outcome:
         chain, each = found[number], options[number]
         chooses = each.apply == "auto" and (each.watch > 0 or each.iterations != "exact")
-        if chooses and prefers_kernels() and isinstance(sweep(number), Schedule):
+        if chooses and is_preferred(number):
             return Outcome(chain, BY_KERNEL)
         if each.watch and each.apply != "auto":
             return Outcome(chain, "")

@@ -254,7 +254,8 @@ def _chain_report(
 def _notes(outcome: Outcome, options: Options) -> list[str]:
     if outcome.is_iterated:
         return [*_chain_notes(len(outcome.found.blocks), options), *_judged_with_others(outcome)]
-    return [f"nor does one kernel compute it: {outcome.no_sweep}"] if outcome.no_sweep else []
+    no_kernel = f"nor does one kernel compute it: {outcome.no_sweep}" if outcome.no_sweep else ""
+    return [note for note in (no_kernel, outcome.swept_share) if note]
 
 
 def _judged_with_others(outcome: Outcome) -> list[str]:

@@ -47,7 +47,8 @@ def _describe(outcome: Outcome) -> str:
     plural = "s" * (len(found.blocks) != 1)
     chain = f"a chain of {len(found.blocks)} block{plural} ({names}; K: {found.residual or 'none'})"
     if outcome.is_swept:
-        return f"swept by one kernel: {chain}, {len(outcome.new)} new nodes: {outcome.reason}"
+        share = f"; {outcome.swept_share}" if outcome.swept_share else ""
+        return f"swept by one kernel: {chain}, {len(outcome.new)} new nodes: {outcome.reason}{share}"
     if outcome.schedule is None:
         kernel = f"; no kernel: {outcome.no_sweep}" if outcome.no_sweep else ""
         return f"left exact: {chain}: {outcome.reason}{kernel}"
