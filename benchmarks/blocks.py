@@ -1,7 +1,8 @@
 """Exact training passes of residual MLPs: Inductor's against one kernel for all blocks, in turns.
 
-Forward and backward pass each. Beside them is the kernel alone, without what calls it, and what there is to
-do: operations, and bytes of weights.
+Forward and backward pass each. Beside them is the kernel alone, without what calls it, what there is to
+do, operations and bytes of weights, and what any backward pass takes in which autograd is given as many
+gradients by one function: nothing is computed in it.
 
     OMP_NUM_THREADS=2 python benchmarks/blocks.py --threads 2 --repeats 150
 """
@@ -14,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -40,8 +42,40 @@ def timed_kernel(kernel: Any, seconds: list[float]) -> Any:
     return run
 
 
+class _Nothing(torch.autograd.Function):
+    """Gives each parameter a gradient that nothing is computed for: a row of a tensor for all of a shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [p.shape for p in parameters]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        stacks = {s: torch.empty(n, *s).unbind() for s, n in Counter(ctx.shapes).items()}
+        rows = {shape: iter(stack) for shape, stack in stacks.items()}
+        return None, *(next(rows[shape]) for shape in ctx.shapes)
+
+
+class AutogradAlone(nn.Module):
+    """A model of the same parameters, in which nothing is computed.
+
+    A compiled graph is one function for autograd, too, so that its backward pass takes this time and more.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Nothing.apply(x, *self.model.parameters())  # type: ignore[no-any-return]
+
+
 def measure(row: Row, stacked: bool, repeats: int) -> tuple[list[list[float]], list[float]]:
-    """Median milliseconds of forward and backward pass, Inductor's and ours; of ours those of the kernels."""
+    """Median milliseconds of forward and backward pass, Inductor's, ours, and of autograd alone.
+
+    Beside them, of ours those of the kernels.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = residual_mlp(row)
@@ -57,7 +91,7 @@ def measure(row: Row, stacked: bool, repeats: int) -> tuple[list[list[float]], l
             original(self, *arguments)
 
     with mock.patch.object(BlocksKernel, "__call__", call):
-        found = in_turns([theirs, ours], x, repeats)
+        found = in_turns([theirs, ours, AutogradAlone(copy.deepcopy(model))], x, repeats)
     kernels = [statistics.median(inside[i - 2 * repeats :: 2]) * 1e3 for i in (0, 1)] if inside else []
     return found, kernels
 
@@ -95,7 +129,7 @@ def main() -> None:
     for width in arguments.widths:
         for batch in arguments.batches:
             row = Row("mlp", arguments.depth, width, batch)
-            (theirs, ours), kernels = measure(row, arguments.stacked, arguments.repeats)
+            (theirs, ours, alone), kernels = measure(row, arguments.stacked, arguments.repeats)
             weights = arguments.depth * 4 * width * width
             said = []
             for i, name in enumerate(("forward", "backward")):
@@ -103,6 +137,7 @@ def main() -> None:
                 said[-1] += f", of which kernel {kernels[i]:.3f}" if kernels else ""
             print(
                 f"{row}: {'; '.join(said)}; both {sum(theirs) / sum(ours):.2f}x; "
+                f"backward of autograd alone {alone[1]:.3f}; "
                 f"{2 * weights * batch / 1e6:.1f} MFLOP forward, {4 * weights / 1e6:.1f} MB of weights",
                 flush=True,
             )
