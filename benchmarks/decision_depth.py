@@ -1,8 +1,9 @@
 """Whether ``apply="auto"`` chooses well over depth: its verdict on models against what both choices take.
 
-For each model, with its parameters as they are and in stacks, forward and backward pass are measured exact
-and with k iterations, alternating in one process. The verdict is right if it names the faster of the two, or
-one that is at most 3 % slower. Beside it the times of the backward pass, expected and measured.
+For each model, with its parameters as they are and in stacks, forward and backward pass are measured exact,
+with k iterations and, where a kernel is chosen, swept by it, alternating in one process. The verdict is right
+if it names the fastest of them, or one that is at most 3 % slower. Beside it the times of the backward pass,
+expected, of what is compared by costs, and measured.
 
     OMP_NUM_THREADS=2 python benchmarks/decision_depth.py --threads 2
 """
@@ -71,11 +72,11 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
 
     begun = time.perf_counter()
     found = hwbp_compile.explain(model, x, options={"iterations": k}).chains
-    chains = [c for c in found if c.costs is not None]
     steps = {"exact": compiled(apply="never"), "iterated": compiled(iterations=k, apply="always")}
-    chosen = "iterated" if any(c.applied for c in chains) else "exact"
-    if len({c.applied for c in chains}) > 1:
-        chosen = "both"
+    chains = [c for c in found if c.costs is not None or c.swept]
+    choices = {"iterated" if c.applied else "swept" if c.swept else "exact" for c in chains}
+    chosen = choices.pop() if len(choices) == 1 else "several" if choices else "exact"
+    if chosen not in steps:
         steps[chosen] = compiled(iterations=k)
     for step in steps.values():
         step()
@@ -84,12 +85,16 @@ def decide(row: Row, k: int, stacked: bool, arguments: argparse.Namespace) -> Ve
     times = measure_parts(steps, arguments.repeats)
     whole = {name: parts[-1] for name, parts in times.items()}
     right = whole[chosen] <= 1.03 * min(whole.values())
-    costs = max(chains, key=lambda c: c.blocks).costs
-    expected = {name: 1e3 * cost.seconds for name, cost in zip(("exact", "iterated"), costs, strict=True)}
+    compared = max((c for c in chains if c.costs), key=lambda c: c.blocks, default=None)
+    costs = compared.costs if compared is not None and compared.costs else ()
+    expected = {name: 1e3 * cost.seconds for name, cost in zip(("exact", "iterated"), costs, strict=False)}
     if arguments.save:
         here = {"stacked": stacked, "k": k, "expected": expected, "measured": times, "chosen": chosen}
         add_line(arguments.save, asdict(row) | {"threads": arguments.threads} | here)
-    backward = (f"{name} {ms:7.3f} expected {times[name][1]:7.3f} ms" for name, ms in expected.items())
+    backward = (
+        f"{name} {f'expected {expected[name]:7.3f} ' if name in expected else ''}{parts[1]:7.3f} ms"
+        for name, parts in times.items()
+    )
     verdict = Verdict(whole["exact"], whole[chosen], right)
     print(
         f"{row!s:28} {'stacked ' if stacked else 'ordinary'} k {k}: backward {', '.join(backward)}; "
