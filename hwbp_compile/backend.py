@@ -19,7 +19,9 @@ from .control.program import Program
 from .control.variants import Variants
 from .options import Options, parse_options
 from .passes.apart import take_apart
-from .passes.pipeline import IsWatched, may_have_kernels, rewrite, simplified
+from .passes.kernels import may_have_kernels
+from .passes.outcomes import IsWatched
+from .passes.pipeline import rewrite, simplified
 from .passes.record import drop_observations, new_records
 from .passes.row_gradients import join_row_gradients
 from .passes.worth import Comparison

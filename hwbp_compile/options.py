@@ -49,7 +49,7 @@ class Options:
         "by default 8 over time",
     )
     exact_tail: int = _option(0, "so many blocks next to the input are swept exactly after the iteration")
-    min_blocks: int = _option(4, "the shortest chain that is rewritten, in blocks")
+    min_blocks: int = _option(4, "the shortest chain, or part of one, that is rewritten, in blocks")
     apply: Literal["auto", "always", "never"] = _option(
         "auto",
         '"auto" iterates only where that is expected to be faster than what is exact, such as one kernel; '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,22 @@ def kept_beside(*given: Tensor) -> Iterator[dict[int, Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield kept
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[int]]:
+    """How many functions are called by the passes, for each graph that is rewritten."""
+    calls: list[int] = []
+    original = hwbp_compile.backend.rewrite
+
+    def counted(*args: Any, **kwargs: Any) -> Record:
+        profile = cProfile.Profile()
+        result = profile.runcall(original, *args, **kwargs)
+        calls.append(sum(entry.callcount for entry in profile.getstats()))
+        return result
+
+    with mock.patch.object(hwbp_compile.backend, "rewrite", counted):
+        yield calls
 
 
 def highway(case: Case, **options: Any) -> tuple[list[Tensor], list[Record]]:

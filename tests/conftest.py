@@ -14,7 +14,7 @@ import torch
 from hwbp_compile.blocks import op
 from hwbp_compile.control.program import Program
 from hwbp_compile.control.variants import Variants
-from hwbp_compile.passes import pipeline
+from hwbp_compile.passes import kernels
 from hwbp_compile.remembered import SWITCH
 
 hypothesis.settings.register_profile(
@@ -53,13 +53,13 @@ def _everything_is_worth_it(request: pytest.FixtureRequest, monkeypatch: pytest.
     """What is fast on this machine at this moment decides about no test."""
     if "measured" not in request.keywords:
         monkeypatch.setattr("hwbp_compile.passes.worth.Comparison.reason", "")
-        monkeypatch.setattr("hwbp_compile.passes.pipeline.prefers_kernels", lambda: False)
+        monkeypatch.setattr("hwbp_compile.passes.kernels.prefers_kernels", lambda: False)
 
 
 @pytest.fixture
 def kernels_op_by_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Blocks are kernels, and all else runs op by op, which takes no compilation; no pass may fail."""
-    monkeypatch.setattr(pipeline, "uses_kernels", lambda options: True)
+    monkeypatch.setattr(kernels, "uses_kernels", lambda options: True)
     op._warn_once.cache_clear()
     op._of.cache_clear()
     with caplog.at_level(logging.WARNING, "hwbp_compile"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hwbp_compile.backend as backend_module
 from hwbp_compile import OptionError, Options, explain
-from hwbp_compile.passes import pipeline, worth
+from hwbp_compile.passes import kernels, worth
 from hwbp_compile.passes.pipeline import Record
 from hwbp_compile.passes.record import new_records
 from hwbp_compile.report.capture import capture
@@ -193,7 +193,7 @@ def test_saved_tensors_are_those_that_autograd_keeps(apply: str) -> None:
 
 @pytest.mark.measured
 def test_costs_are_told_where_they_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "prefers_kernels", lambda: False)
+    monkeypatch.setattr(kernels, "prefers_kernels", lambda: False)
     monkeypatch.setattr(worth, "operator_seconds", lambda *_: 1e-30)
     monkeypatch.setattr(worth, "product_rate", lambda *_: 1e6)
     monkeypatch.setattr(worth, "bandwidth", lambda *_, **__: 1e30)

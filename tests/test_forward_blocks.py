@@ -40,6 +40,7 @@ from equal_blocks import (
     said_by_two_processes,
     x_of,
 )
+from marks import some_slow
 from torch import Tensor, nn
 
 import hwbp_compile
@@ -47,7 +48,7 @@ from hwbp_compile.blocks import limits, op
 from hwbp_compile.blocks.kernel_cpp import BlocksKernel
 from hwbp_compile.blocks.step_text import encoded, program_of
 from hwbp_compile.errors import CannotRewrite
-from hwbp_compile.passes import pipeline
+from hwbp_compile.passes import kernels
 from hwbp_compile.passes.pipeline import Record
 from hwbp_compile.recurrent.step_program import ROWS
 
@@ -90,7 +91,7 @@ def test_output_and_gradients_are_right(how: dict[str, Any]) -> None:
     check(model(**how), x_of())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 8, 32])
+@pytest.mark.parametrize("batch", some_slow([1, 2, 3, 8, 32], {2, 8}))
 def test_any_batch(batch: int) -> None:
     """One and several rows a thread, whole and partial tiles."""
     check(model(act=torch.tanh, norm="none"), x_of(batch))
@@ -106,14 +107,14 @@ def test_single_precision() -> None:
     check(m, x_of().float(), tolerance=2e-5)
 
 
-@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("k", some_slow([0, 1, 3], {0}))
 def test_fewer_iterations_have_the_same_gradients_as_without_the_kernel(
     k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     m = model(act=F.gelu)
     found = results(m, compiled(m, iterations=k), x_of())
     torch._dynamo.reset()
-    monkeypatch.setattr(pipeline, "uses_kernels", lambda options: False)
+    monkeypatch.setattr(kernels, "uses_kernels", lambda options: False)
     expected = results(m, compiled(m, iterations=k), x_of())
     equal(found, expected)
 
@@ -133,7 +134,7 @@ def test_blocks_read_rows_of_stacked_parameters() -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("batch", [1, 4, D])
+@pytest.mark.parametrize("batch", some_slow([1, 4, D], {4}))
 def test_blocks_read_tensors_with_rows_and_shared_ones(batch: int) -> None:
     torch.manual_seed(0)
     check(Conditioned().double(), x_of(batch, D), torch.randn(batch, D).double())
@@ -144,7 +145,7 @@ def test_blocks_read_an_input_of_the_model() -> None:
     check(Shared().double(), x_of(4, D), torch.randn(4, D).double())
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", some_slow([1, 4], {1}))
 def test_blocks_read_computed_weights_and_masks(batch: int) -> None:
     torch.manual_seed(0)
     check(Masked().double(), x_of(batch, D), torch.randn(batch, D).double())
@@ -178,12 +179,33 @@ def test_signs_of_states_are_computed_of_the_states() -> None:
     check(m, x_of())
 
 
+class Summing(nn.Module):
+    """Adds the sum of all of a state, over no dimension in particular, without a gradient."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.block, self.how = Block(act=torch.tanh), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        still = x.detach()
+        total = still.sum(dim=()) if self.how == "sum" else still.mean(dim=())
+        return self.block(x) + 0.01 * total
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_a_sum_over_rows_without_dimensions_stays_as_it_is(how: str) -> None:
+    torch.manual_seed(0)
+    assert "mixes the rows" in reason(
+        nn.Sequential(*(Summing(how) for _ in range(BLOCKS))).double(), x_of(4, D)
+    )
+
+
 def test_two_chains() -> None:
     torch.manual_seed(0)
     check(Towers().double(), x_of(4, D), runs=2)
 
 
-@pytest.mark.parametrize("blocks", [(6, 8), (8, 6)])
+@pytest.mark.parametrize("blocks", [pytest.param((6, 8), marks=pytest.mark.slow), (8, 6)])
 def test_two_chains_one_after_the_other(blocks: tuple[int, int]) -> None:
     torch.manual_seed(0)
     first, second = ([Block(d=d) for _ in range(n)] for d, n in zip((D, 16), blocks, strict=True))
@@ -207,7 +229,7 @@ def test_a_chain_that_reads_the_states_of_another() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("other", [0, -1])
+@pytest.mark.parametrize("other", some_slow([0, -1], {0}))
 def test_a_block_at_an_end_is_different(frozen: bool, other: int) -> None:
     """Gradients of its weights are computed with those of the others, from one stack."""
     torch.manual_seed(0)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import cProfile
-from typing import Any
-
 import pytest
 import torch
-from compare import exact, float64, highway, rewritten
+from compare import counted_calls, exact, float64, highway, rewritten
 from families import FAMILIES, Size
 from marks import some_slow
 from torch import nn
 
-import hwbp_compile.backend
 from hwbp_compile.passes.pipeline import Record
 
 CHAINS_OF_FEW_CLASSES = [
@@ -38,7 +34,7 @@ def new_nodes(family: str, depth: int, iterations: int) -> tuple[int, Record]:
 
 
 LARGE = {"resnet", "preact_resnet", "pre_ln_transformer", "post_ln_transformer", "mixer"}
-LIKE_OTHERS = {"layer_scale", "highway_layers", "gru_loop"}
+LIKE_OTHERS = {"layer_scale", "highway_layers", "gru_loop", "lstm_loop"}
 
 
 @pytest.mark.parametrize("family", some_slow(CHAINS_OF_FEW_CLASSES, LARGE | LIKE_OTHERS))
@@ -73,20 +69,11 @@ def test_new_nodes_are_marked_as_backward() -> None:
     assert all(n.meta["partitioner_tag"] == "is_backward" for n in record.outcomes[0].new)
 
 
-def test_passes_are_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_are_linear() -> None:
     """Twice the blocks take about twice the calls of functions, or less."""
-    calls: list[int] = []
-    original = hwbp_compile.backend.rewrite
-
-    def counted(*args: Any, **kwargs: Any) -> Record:
-        profile = cProfile.Profile()
-        result = profile.runcall(original, *args, **kwargs)
-        calls.append(sum(entry.callcount for entry in profile.getstats()))
-        return result
-
-    monkeypatch.setattr(hwbp_compile.backend, "rewrite", counted)
-    for depth in (3, 6, 12, 24):
-        new_nodes("residual_mlp", depth, 2)
+    with counted_calls() as calls:
+        for depth in (2, 4, 8, 16):
+            new_nodes("residual_mlp", depth, 2)
     _, first, second, third = calls  # the first time modules are imported
     assert third - second < 2.4 * (second - first), calls
 

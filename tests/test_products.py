@@ -197,7 +197,7 @@ def test_weights_are_read_where_they_are(dynamic: bool) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"group_size": 2}, marks=pytest.mark.slow), {"group_size": 4}, {"exact_tail": 2}],
+    [{}, *(pytest.param({"group_size": n}, marks=pytest.mark.slow) for n in (2, 4)), {"exact_tail": 2}],
 )
 def test_some_of_the_blocks(options: dict[str, Any]) -> None:
     """Groups take every other block's weights, from the first or the second on."""

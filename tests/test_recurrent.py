@@ -445,7 +445,7 @@ def test_exact(kind: str, threads: int, steps: int, batch: int, hidden: int, bia
     assert relative_error(found, torch_gradients(module, x, carry, cotangents)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", some_slow(["gru", "lstm", "rnn_relu"], {"gru"}))
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm", "rnn_relu"], {"gru", "rnn_relu"}))
 @pytest.mark.parametrize("copied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_library_trains(kind: str, copied: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import hwbp_compile.passes.pipeline as pipeline
+from hwbp_compile.passes import outcomes
 from hwbp_compile.passes.linear_ops import FIRST, LINEARITY, register_linear
 
 
@@ -230,7 +231,7 @@ def test_failure_inside_a_pass_leaves_the_chain_exact(monkeypatch: pytest.Monkey
     def fail(*_: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(pipeline, "trace_schedule", fail)
+    monkeypatch.setattr(outcomes, "trace_schedule", fail)
     check_exact_after_internal_error()
 
 

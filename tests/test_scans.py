@@ -113,7 +113,7 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("name", some_slow(CELLS, {"block gru", "s lstm", "highway network"}))
+@pytest.mark.parametrize("name", some_slow(CELLS, set(CELLS) - {"layer norm gru"}))
 def test_cells(name: str) -> None:
     model = Model(CELLS[name], every_step=bool(torch.randint(2, ())))
     inputs = data(model.cell, 8, 3)

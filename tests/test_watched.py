@@ -166,7 +166,7 @@ def test_one_program_of_each_setting_holds_for_all_sizes(done: list[str]) -> Non
     assert [s.watched for s in hwbp_compile.monitor(m).history] == [True, *[False] * 4]
 
 
-@pytest.mark.parametrize("codegen", ["inductor", "eager"])
+@pytest.mark.parametrize("codegen", ["inductor", pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_watched_step_records_where_the_backward_pass_is_compiled_anew(codegen: str) -> None:
     m, x = settled(), data()
     c = compiled(m, **AUTO | {"apply": "always", "codegen": codegen})

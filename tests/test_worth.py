@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compile import explain
-from hwbp_compile.passes import pipeline, unstacked, worth
-from hwbp_compile.passes.pipeline import Outcome
+from hwbp_compile.options import Options
+from hwbp_compile.passes import kernels, unstacked, worth
+from hwbp_compile.passes.outcomes import Outcome
 from hwbp_compile.passes.work import Amount, Work
 
 pytestmark = pytest.mark.measured
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.measured
 @pytest.fixture(autouse=True)
 def _no_kernels_are_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs decide, also about chains for which there is one."""
-    monkeypatch.setattr(pipeline, "prefers_kernels", lambda: False)
+    monkeypatch.setattr(kernels, "prefers_kernels", lambda: False)
 
 
 def decided(x: Tensor, monkeypatch: pytest.MonkeyPatch, call: float, flops: float, **kwargs: Any) -> Outcome:
@@ -294,3 +295,20 @@ def test_the_defaults_together(pays: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert done == ["exact", *(["iterated"] * 3 if pays == "any k" else ["exact"] * 3)]
     # A program that watches, unless nothing pays, and one that does what was chosen.
     assert len(records) == (1 if pays == "nothing" else 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "has_kernels"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"iterations": "exact"}, True),
+        ("cpu", {"apply": "always"}, True),
+        ("cpu", {"apply": "never"}, False),
+        ("cpu", {"codegen": "eager"}, False),
+        ("meta", {}, False),
+    ],
+)
+def test_where_chains_may_be_kernels(device: str, options: dict[str, Any], has_kernels: bool) -> None:
+    graph = torch.fx.Graph()
+    graph.placeholder("x").meta["val"] = torch.empty(2, device=device)
+    assert kernels.may_have_kernels(graph, Options(**options)) == has_kernels

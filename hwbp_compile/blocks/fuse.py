@@ -1,4 +1,4 @@
-"""Pass: the forward pass of equal blocks that are iterated backward becomes one operator.
+"""Pass: the forward pass of equal blocks that are rewritten backward becomes one operator.
 
 It writes what the backward pass reads of all blocks right into the stacks that are kept.
 """
@@ -23,9 +23,9 @@ from ..passes.row_gradients import call
 from ..passes.views import is_view
 from ..recurrent import own as own  # the operator
 from .find import STACK, ForwardBlocks, find_forward_blocks
-from .limits import check_bytes, check_kept, is_for_cpus, is_real, rows_within_limit
-from .op import blocks_text
-from .program import Source, source_of, step_of
+from .limits import check_bytes, check_kept, is_for_cpus, rows_within_limit
+from .op import blocks_text, compile_blocks
+from .program import Source, is_real, source_of, step_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Fused:
 
 
 def fuse_forward(graph: Graph, *, compiles: bool) -> list[Fused]:
-    """Have one kernel compute the forward pass of equal blocks that are iterated backward.
+    """Have one kernel compute the forward pass of equal blocks that are rewritten backward.
 
     Args:
         graph: changed in place.
@@ -83,7 +83,9 @@ def _fuse(graph: Graph, blocks: ForwardBlocks, compiles: bool) -> None:
     check_bytes(rows, sources)
     step = step_of(blocks, sources, emitted, keep=keep)
     places = [s.rows for s in sources]
-    text = blocks_text(step, blocks.entry.meta["val"].dtype, len(blocks.blocks), places, compiles=compiles)
+    text = blocks_text(step, blocks.entry.meta["val"].dtype, len(blocks.blocks), places)
+    if compiles:
+        compile_blocks(text)
     _Replacement(graph, blocks, emitted, keep).insert(sources, text, escaping)
 
 

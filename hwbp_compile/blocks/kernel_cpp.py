@@ -52,13 +52,12 @@ class BlocksKernel:
             results: of :func:`results_of`, to be filled; numbered like the blocks. State i is the one behind
                 block i in a forward pass.
         """
-        if state.numel():
-            # Of states that are not kept, the one before and the one after a block.
-            states = results[-1] if self._keep else state.new_empty((2, *state.shape))
-            table = array("q", addresses)
-            written = (results[0], states, *results[1 : 1 + self._emitted])
-            sizes = (blocks, state.shape[0], torch.get_num_threads())
-            self._run(table.buffer_info()[0], state.contiguous(), *written, *sizes)
+        # Of states that are not kept, the one before and the one after a block.
+        states = results[-1] if self._keep else state.new_empty((2, *state.shape))
+        table = array("q", addresses)
+        written = (results[0], states, *results[1 : 1 + self._emitted])
+        sizes = (blocks, state.shape[0], torch.get_num_threads())
+        self._run(table.buffer_info()[0], state.contiguous(), *written, *sizes)
 
 
 def threads_for(rows: int) -> int:

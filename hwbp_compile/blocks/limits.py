@@ -75,12 +75,5 @@ def check_kept(nodes: Iterable[Node]) -> None:
         raise CannotRewrite("what is checkpointed is not to be kept")
 
 
-def is_real(node: Node, state: Node) -> bool:
-    """Whether a value has a contiguous row of a state's type for each row of the batch."""
-    value, like = node.meta["val"], state.meta["val"]
-    alike = isinstance(value, Tensor) and value.dtype == like.dtype and value.is_contiguous()
-    return alike and value.dim() > 0 and str(value.shape[0]) == str(like.shape[0])
-
-
 def _bytes_of(source: Source) -> int:
     return _compat.size_hint(math.prod(source.shape)) * source.dtype.itemsize

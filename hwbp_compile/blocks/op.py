@@ -37,9 +37,8 @@ def blocks_text(
     rows: Sequence[Sequence[int] | None],
     *,
     backward: bool = False,
-    compiles: bool = True,
 ) -> str:
-    """What the operator is told beside tensors.
+    """What the operator is told beside tensors, if there is a kernel; it is not compiled yet.
 
     Args:
         step: of :func:`.step_text.encoded`.
@@ -48,20 +47,27 @@ def blocks_text(
         rows: per input of the step, the rows of one tensor that the blocks read, the last block's first; None
             where each block reads a tensor of its own.
         backward: whether the last block is applied first, as in a backward pass.
-        compiles: whether the kernel is compiled now, not only written.
 
     Raises:
-        CannotRewrite: there is no kernel.
+        CannotRewrite: a block does something that has no translation.
     """
     # Without quotation marks and backslashes, which not all generated code would hold as they are.
     text = json.dumps([step, str(dtype).removeprefix("torch."), blocks, rows, backward]).replace('"', "'")
-    known = _of(text)
     with _compat.outside_of_tracing():
-        if not compiles:
-            blocks_source(known.program, dtype, backward=backward)
-        elif isinstance(known.kernel, str):
-            raise CannotRewrite(known.kernel)
+        blocks_source(_of(text).program, dtype, backward=backward)
     return text
+
+
+def compile_blocks(text: str) -> None:
+    """Compile the kernel of a text now.
+
+    Raises:
+        CannotRewrite: it cannot be compiled.
+    """
+    with _compat.outside_of_tracing():
+        kernel = _of(text).kernel
+    if isinstance(kernel, str):
+        raise CannotRewrite(kernel)
 
 
 class _Blocks:

@@ -87,6 +87,13 @@ def _row(node: Node) -> tuple[Node | None, int]:
     return None, 0
 
 
+def is_real(node: Node, state: Node) -> bool:
+    """Whether a value has a contiguous row of a state's type for each row of the batch."""
+    value, like = node.meta["val"], state.meta["val"]
+    alike = isinstance(value, Tensor) and value.dtype == like.dtype and value.is_contiguous()
+    return alike and value.dim() > 0 and str(value.shape[0]) == str(like.shape[0])
+
+
 def step_of(
     block: EqualBlock, sources: Sequence[Source], emitted: Sequence[Node], *, keep: bool
 ) -> list[Any]:

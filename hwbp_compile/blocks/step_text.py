@@ -83,8 +83,6 @@ def _encoded(argument: Any, index: dict[Node, int]) -> Any:
         return {"kwargs": {k: _encoded(v, index) for k, v in argument.items()}}
     if isinstance(argument, _NAMED):
         return {"torch": str(argument).removeprefix("torch.")}
-    if isinstance(argument, torch.device):
-        return {"device": str(argument)}
     if isinstance(argument, str) and not argument.replace("_", "").isalnum():
         raise CannotRewrite(f"an argument is the text {argument!r}")
     if argument is None or type(argument) in (bool, int, float, str):
@@ -102,7 +100,7 @@ def _decoded(argument: Any, nodes: Sequence[Node]) -> Any:
         return nodes[value]
     if kind == "kwargs":
         return {k: _decoded(v, nodes) for k, v in value.items()}
-    return torch.device("meta") if kind == "device" else getattr(torch, value)
+    return getattr(torch, value)
 
 
 def _operator(name: str) -> Any:

@@ -18,9 +18,9 @@ from ..errors import CannotRewrite
 from ..passes.program import canonical_order, externals_of
 from ..stage import SWEEP, stage
 from ..system import State
-from .limits import check_bytes, is_real, rows_within_limit
-from .op import blocks_text
-from .program import Source, source_of, step_of
+from .limits import check_bytes, rows_within_limit
+from .op import blocks_text, compile_blocks
+from .program import Source, is_real, source_of, step_of
 
 Places = Mapping[Node, tuple[int, int]]
 """Of nodes, in which stack they are which row."""
@@ -59,47 +59,61 @@ class Sweep:
 
     Args:
         chain: of blocks of one kind.
-        wanted: nodes of its blocks whose values are used besides its states.
-        compiles: whether the kernel is compiled now.
 
     Attributes:
         inputs: the nodes whose values it needs.
-        places: where in its results are nodes of the blocks.
+        places: once it is written, where in its results are nodes of the blocks.
 
     Raises:
         CannotRewrite: there is no kernel for this chain, or it is not expected to be faster.
     """
 
-    def __init__(self, chain: Chain, wanted: Iterable[Node], *, compiles: bool) -> None:
+    places: Places
+
+    def __init__(self, chain: Chain) -> None:
         if len(chain.blocks[0].entry) != 1:
             raise CannotRewrite("its state consists of several tensors")
         (first,) = chain.blocks[0].entry
         (blocks,) = chain.classes
-        rows = rows_within_limit(first)
-        orders = [canonical_order(block) for block in chain.blocks]
-        template = blocks.template
-        block = _Template(
-            tuple(orders[0]), template.entry[0], template.exit[0], tuple(externals_of(template))
-        )
-        self._first, self._dtype = first, first.meta["val"].dtype
+        self._first, self._dtype, self._template = first, first.meta["val"].dtype, blocks.template
         self._reads = [_read(source_of(column)) for column in blocks.externals]
-        sources = [read.source for read in self._reads]
-        check_bytes(rows, sources, backward=True)
+        check_bytes(rows_within_limit(first), self._sources, backward=True)
+        self._orders = [canonical_order(block) for block in chain.blocks]
+        self.inputs = tuple(dict.fromkeys([first, *(n for s in self._sources for n in s.tensors)]))
+        self._text = ""
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [read.source for read in self._reads]
+
+    def write(self, wanted: Iterable[Node]) -> None:
+        """Write the kernel, which is not compiled yet.
+
+        Args:
+            wanted: nodes of the blocks whose values are used besides the states.
+
+        Raises:
+            CannotRewrite: a block does something that has no translation, or its rows are not apart.
+        """
+        orders, template = self._orders, self._template
+        externals = tuple(externals_of(template))
+        block = _Template(tuple(orders[0]), template.entry[0], template.exit[0], externals)
         index = {n: i for order in orders for i, n in enumerate(order)}
         emitted = _needed_for({orders[0][index[n]] for n in wanted if n in index}, block)
-        step = step_of(block, sources, emitted, keep=True)
-        self._text = blocks_text(
-            step,
-            self._dtype,
-            len(chain.blocks),
-            [read.rows for read in self._reads],
-            backward=True,
-            compiles=compiles,
-        )
-        self.inputs = tuple(dict.fromkeys([first, *(n for s in sources for n in s.tensors)]))
-        self.places: Places = {
+        step = step_of(block, self._sources, emitted, keep=True)
+        rows = [read.rows for read in self._reads]
+        self._text = blocks_text(step, self._dtype, len(orders), rows, backward=True)
+        self.places = {
             order[index[t]]: (i, row) for i, t in enumerate(emitted) for row, order in enumerate(orders)
         }
+
+    def compile(self) -> None:
+        """Compile the kernel.
+
+        Raises:
+            CannotRewrite: it cannot be compiled.
+        """
+        compile_blocks(self._text)
 
     def __call__(self, value: Callable[[Node], Any]) -> tuple[State, list[Tensor]]:
         """The cotangents of all states, ``[blocks + 1, ...]``, and the stacks of ``places``."""

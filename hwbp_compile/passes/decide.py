@@ -1,11 +1,11 @@
-"""Seventh pass: which of the chains found are rewritten."""
+"""Which chains the options leave exact, and which blocks of a chain are rewritten."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import replace
 
-from ..chain import Block, Chain
+from ..chain import Chain
 from ..options import Options
 from .classes import classify
 
@@ -26,19 +26,20 @@ def reason_to_leave_exact(chain: Chain, options: Options) -> str | None:
 
 def without_tail(chain: Chain, exact_tail: int) -> Chain:
     """The chain that is iterated on: the graph already sweeps the last blocks exactly, one by one."""
-    return _part(chain, chain.blocks[: len(chain.blocks) - exact_tail])
+    return part_of(chain, 0, len(chain.blocks) - exact_tail)
 
 
-def longest_run(chain: Chain) -> Chain:
-    """The longest part of a chain, of consecutive blocks, that are all of one kind."""
+def longest_run(chain: Chain) -> tuple[int, int]:
+    """The longest run of consecutive blocks of one kind in a chain: its first block, and its end."""
     kinds = {i: kind for kind, each in enumerate(chain.classes) for i in each.members}
     runs = [list(run) for _, run in itertools.groupby(range(len(chain.blocks)), kinds.__getitem__)]
     longest = max(runs, key=len)
-    return _part(chain, chain.blocks[longest[0] : longest[-1] + 1])
+    return longest[0], longest[-1] + 1
 
 
-def _part(chain: Chain, blocks: tuple[Block, ...]) -> Chain:
-    """The rest of a chain stays in the graph as it is."""
-    if len(blocks) == len(chain.blocks):
+def part_of(chain: Chain, start: int, end: int) -> Chain:
+    """Some consecutive blocks of a chain; the graph sweeps the others as before, one by one."""
+    if (start, end) == (0, len(chain.blocks)):
         return chain
+    blocks = chain.blocks[start:end]
     return replace(chain, blocks=blocks, classes=classify(blocks))

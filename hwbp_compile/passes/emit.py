@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -31,6 +31,7 @@ from .linear_ops import same_shape
 from .parameter_gradients import (
     GradientGroup,
     GradientProgram,
+    Owners,
     find_groups,
     keep_one_term,
     read_by,
@@ -55,12 +56,12 @@ class Schedule:
     replaced: tuple[Node, ...]
     summed: tuple[GradientGroup, ...]
     graph_module: GraphModule
+    is_exact: bool = False
+    """Whether it is a sweep, not an iteration."""
 
 
-def trace_schedule(
-    chain: Chain, options: Options, part: LinearPart, taken: set[Node], *, compiles: bool = False
-) -> Schedule:
-    """Trace the solver for one chain: the iteration, or the exact sweep as one kernel.
+def trace_schedule(chain: Chain, options: Options, part: LinearPart, taken: set[Node]) -> Schedule:
+    """Trace the iteration over one chain.
 
     With ``options.watch`` it takes no one's place: only the steps of its iterations are recorded.
 
@@ -69,28 +70,62 @@ def trace_schedule(
         options: those in force.
         part: what is linear in the tangents.
         taken: the nodes of all chains.
-        compiles: whether kernels of our own are compiled.
 
     Raises:
         CannotRewrite: an operator of a block cannot be batched.
     """
+    solver = _Iteration(chain, options)
+    return _trace(chain, solver, *find_groups(chain, part, taken), watch=bool(options.watch))
+
+
+def trace_sweep(chain: Chain, part: LinearPart, taken: set[Node], *, compiles: bool = False) -> Schedule:
+    """Trace the exact sweep through one chain as one kernel.
+
+    Args:
+        chain: one of a joint graph, or a part of it, of blocks of one kind.
+        part: what is linear in the tangents.
+        taken: the nodes of all chains.
+        compiles: whether the kernel is compiled.
+
+    Raises:
+        CannotRewrite: there is no kernel for these blocks, or it is not expected to be faster.
+    """
+    sweep = Sweep(chain)
     owners, groups = find_groups(chain, part, taken)
-    if options.iterations == "exact":
-        inside = {n for block in chain.blocks for n in block.nodes}
-        wanted = read_of_blocks(owners, groups, inside)
-        solver: _Iteration | Sweep = Sweep(chain, wanted, compiles=compiles)
-    else:
-        solver = _Iteration(chain, options)
+    sweep.write(read_of_blocks(owners, groups, {n for block in chain.blocks for n in block.nodes}))
+    schedule = _trace(chain, sweep, owners, groups)
+    check_kept(views_of(n)[0] for n in schedule.inputs)
+    if compiles:
+        sweep.compile()
+    return replace(schedule, is_exact=True)
+
+
+class _Solver(Protocol):
+    """Computes the cotangents of a chain's states."""
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The nodes whose values it needs."""
+
+    @property
+    def places(self) -> Places:
+        """Nodes of the blocks whose values it gives besides: which row of which stack they are."""
+
+    def __call__(self, value: Callable[[Node], Any]) -> tuple[State, list[Tensor]]:
+        """The cotangents of all states, ``[blocks + 1, ...]`` per component, and the stacks."""
+
+
+def _trace(
+    chain: Chain, solver: _Solver, owners: Owners, groups: list[GradientGroup], *, watch: bool = False
+) -> Schedule:
     nodes = tuple(dict.fromkeys([*solver.inputs, *read_by(owners, groups)]))
-    if isinstance(solver, Sweep):
-        check_kept(views_of(n)[0] for n in nodes)
     replaced: list[Node] = []
     summed: list[GradientGroup] = []
 
     def schedule(*values: Any) -> tuple[Tensor, ...]:
         given = dict(zip(nodes, values, strict=True))
         w, stacks = solver(given.__getitem__)
-        if options.watch:
+        if watch:
             return ()
         replaced.extend(exits(chain))
         states = [row for component in w for row in component[1:].unbind(0)]
@@ -115,7 +150,12 @@ def trace_schedule(
 
     traced = _compat.trace(schedule, [n.meta["val"] for n in nodes])
     traced.graph.eliminate_dead_code()
-    return Schedule(chain, nodes, tuple(replaced), tuple(summed), traced)
+    inputs = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    for placeholder in [p for p in inputs if not p.users]:
+        traced.graph.erase_node(placeholder)
+        del inputs[placeholder]
+    traced.recompile()
+    return Schedule(chain, tuple(inputs.values()), tuple(replaced), tuple(summed), traced)
 
 
 class _Iteration:
@@ -210,6 +250,8 @@ def insert_schedule(graph: Graph, schedule: Schedule, renamed: dict[Node, Node])
     for group in schedule.summed:
         keep_one_term(graph, group, renamed)
     for before, after in zip(schedule.replaced, results, strict=True):
+        if before in renamed:
+            raise AssertionError(f"{before} is replaced twice.")
         before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in inserted)
         renamed[before] = after
     return new

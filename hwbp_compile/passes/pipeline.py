@@ -2,81 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
 from .. import _compat
 from ..blocks.fuse import Fused, fuse_forward
-from ..blocks.limits import is_for_cpus
 from ..chain import Chain, Refusal
-from ..errors import CannotRewrite
 from ..options import Options
 from ..solvers.observe import OBSERVE
 from . import batch_rules as _batch_rules  # noqa: F401 - registers the rules
+from . import kernels
 from .apart import take_apart
 from .chains import find_chains
-from .decide import longest_run, reason_to_leave_exact, without_tail
-from .emit import Schedule, closes_a_cycle, insert_schedule, trace_schedule
-from .linear import LinearPart, linear_part
+from .emit import closes_a_cycle, insert_schedule
+from .linear import linear_part
 from .linear_ops import op_name
 from .memory_views import read_as_values
 from .order import sort_topologically
+from .outcomes import Backward, Outcome, internal, outcomes_of
 from .record import needed_without_records, observations, record
 from .restack import restack
 from .row_gradients import join_row_gradients
 from .sink import sink_stacks
 from .sizes import sizes_of_inputs
 from .unstacked import multiply_unstacked
-from .worth import Comparison, Sequential, compare, verdicts
 
 log = logging.getLogger(__name__)
 
-BY_KERNEL = "one kernel computes its exact backward pass, which takes less time than iterations"
 _BY_STRIDES = {"aten::as_strided", "aten::as_strided_scatter"}
-_PREFERRED = 0.75
-"""The share of a chain's blocks that a kernel has to sweep to be preferred to iterating on all of them."""
-
-
-class IsWatched(BaseException):
-    """Ends a compilation by Inductor, which would take any other exception for a failure of its own."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one chain: ``reason`` is empty if it is iterated; ``new`` are its schedule's nodes."""
-
-    found: Chain | Refusal
-    reason: str
-    schedule: Schedule | None = None
-    """That of its iteration; where there is a reason, that of an exact sweep by one kernel."""
-    new: tuple[Node, ...] = ()
-    comparison: Comparison | None = None
-    """What was expected of it, where that decided."""
-    no_sweep: str = ""
-    """Why a chain that stays exact is not swept by one kernel, where that was tried."""
-
-    @property
-    def is_iterated(self) -> bool:
-        """Whether its backward pass is replaced by an iteration."""
-        return self.schedule is not None and not self.reason
-
-    @property
-    def is_swept(self) -> bool:
-        """Whether its backward pass is exact, and one kernel for most of it or all."""
-        return self.schedule is not None and bool(self.reason)
-
-    @property
-    def swept_share(self) -> str:
-        """Of how many blocks a kernel is, where it is not for all."""
-        if not self.is_swept or self.schedule is None:
-            return ""
-        swept, blocks = len(self.schedule.chain.blocks), len(self.found.blocks)
-        return "" if swept == blocks else f"the kernel is for {swept} of its {blocks} blocks"
 
 
 @dataclass
@@ -144,7 +101,7 @@ def rewrite(
     taken = {n for f in found if isinstance(f, Chain) for block in f.blocks for n in block.nodes}
     chosen = None if options.chosen is None else options.chosen.over_depth
     of_chains = [options.for_chain(chosen, i) for i in range(len(found))]
-    done.outcomes = _outcomes(graph, found, of_chains, part, taken, stops, compiles)
+    done.outcomes = outcomes_of(Backward(graph, part, taken, compiles), found, of_chains, stops=stops)
     lap("trace")
     if any(outcome.schedule is not None for outcome in done.outcomes):
         done.outcomes = _insert_all(graph, done.outcomes, backup)
@@ -158,7 +115,7 @@ def rewrite(
     if is_rewritten:
         simplified(graph, multiply_unstacked)
         watched = options.watch and not done.is_exact
-        if uses_kernels(options) and not watched:
+        if kernels.uses_kernels(options) and not watched:
             fused: list[Fused] = []
 
             def fuse(graph: Graph) -> None:
@@ -168,24 +125,6 @@ def rewrite(
     _write_last(graph)
     lap("simplify")
     return done
-
-
-def uses_kernels(options: Options) -> bool:
-    """Whether several operators may become one, other than by the compiler's choice."""
-    return options.codegen == "inductor"
-
-
-def prefers_kernels() -> bool:
-    """Whether what is fastest is an exact sweep by one kernel, wherever there is one.
-
-    It takes as much arithmetic as one iteration, and no more calls.
-    """
-    return True
-
-
-def may_have_kernels(graph: Graph, options: Options) -> bool:
-    """Whether chains that stay exact may become kernels of our own."""
-    return uses_kernels(options) and options.apply != "never" and is_for_cpus(graph)
 
 
 def _write_last(graph: Graph) -> None:
@@ -259,7 +198,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
                 done[i] = outcome
             elif closes_a_cycle(outcome.schedule, renamed):
                 why = "what it reads depends on its own result, by way of another rewritten chain"
-                done[i] = _without_schedule(outcome, why)
+                done[i] = outcome.without_schedule(why)
             else:
                 new = insert_schedule(graph, outcome.schedule, renamed)
                 done[i] = replace(outcome, new=tuple(new))
@@ -270,129 +209,5 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
         log.warning("All chains are left exact after an internal error.", exc_info=True)
         _compat.restore_graph(graph, backup)
         prepare(graph, backup=backup)
-        return [_without_schedule(o, _internal(error)) for o in outcomes]
+        return [o.without_schedule(internal(error)) for o in outcomes]
     return [done[i] for i in range(len(outcomes))]
-
-
-def _without_schedule(outcome: Outcome, why: str) -> Outcome:
-    """What becomes of a chain whose schedule, if it has one, cannot be in the graph."""
-    if outcome.schedule is None:
-        return outcome
-    reason = why if outcome.reason in ("", BY_KERNEL) else outcome.reason
-    return Outcome(outcome.found, reason, no_sweep=why if outcome.is_swept else "")
-
-
-def _outcomes(
-    graph: Graph,
-    found: Sequence[Chain | Refusal],
-    options: Sequence[Options],
-    part: LinearPart,
-    taken: set[Node],
-    stops: bool,
-    compiles: bool,
-) -> list[Outcome]:
-    """Trace the schedules of the chains, and decide which of them there are to be."""
-
-    @functools.cache
-    def sweep(number: int) -> Schedule | str:
-        """An exact sweep by one kernel; or why there is none, empty if none was tried."""
-        chain, each = found[number], options[number]
-        if isinstance(chain, Refusal) or len(chain.blocks) < each.min_blocks:
-            return ""
-        if not may_have_kernels(graph, each):
-            return ""
-        run = longest_run(chain)
-        if len(run.blocks) < each.min_blocks:
-            return "its blocks are of several kinds"
-        exact = replace(each, iterations="exact", watch=0, exact_tail=0)
-        return _traced(run, exact, part, taken, compiles=compiles)
-
-    def is_preferred(number: int) -> bool:
-        kernel = sweep(number)
-        if not prefers_kernels() or isinstance(kernel, str):
-            return False
-        return len(kernel.chain.blocks) >= _PREFERRED * len(found[number].blocks)
-
-    def chosen(number: int) -> Outcome:
-        chain, each = found[number], options[number]
-        chooses = each.apply == "auto" and (each.watch > 0 or each.iterations != "exact")
-        if chooses and is_preferred(number):
-            return Outcome(chain, BY_KERNEL)
-        if each.watch and each.apply != "auto":
-            return Outcome(chain, "")
-        return _plan(chain, judged[number], part, taken)
-
-    judged = [o.judged() if o.watch and o.apply == "auto" else o for o in options]
-    planned = _worth_it(graph, [chosen(i) for i in range(len(found))], judged)
-    watched = [bool(o.watch) and not p.reason for o, p in zip(options, planned, strict=True)]
-    if stops and any(w and isinstance(f, Chain) for w, f in zip(watched, found, strict=True)):
-        raise IsWatched
-    done = []
-    for i, outcome in enumerate(planned):
-        if watched[i]:
-            seen = _plan(found[i], replace(options[i], iterations=options[i].watch), part, taken)
-            outcome = replace(seen, comparison=outcome.comparison)
-        elif outcome.schedule is None:
-            kernel = sweep(i)
-            if isinstance(kernel, Schedule):
-                outcome = replace(outcome, schedule=kernel)
-            else:
-                outcome = replace(outcome, no_sweep=kernel)
-        done.append(outcome)
-    return done
-
-
-def _plan(found: Chain | Refusal, options: Options, part: LinearPart, taken: set[Node]) -> Outcome:
-    """Trace the schedule of a chain's iteration, if the options allow any."""
-    if isinstance(found, Refusal):
-        return Outcome(found, found.reason)
-    reason = reason_to_leave_exact(found, options)
-    if reason is not None:
-        return Outcome(found, reason)
-    schedule = _traced(found, options, part, taken)
-    return Outcome(found, schedule) if isinstance(schedule, str) else Outcome(found, "", schedule)
-
-
-def _traced(
-    chain: Chain, options: Options, part: LinearPart, taken: set[Node], *, compiles: bool = False
-) -> Schedule | str:
-    """The schedule of a chain; or why there is none."""
-    try:
-        head = without_tail(chain, options.exact_tail)
-        return trace_schedule(head, options, part, taken, compiles=compiles)
-    except CannotRewrite as refusal:
-        return refusal.reason
-    except _compat.restart_exceptions():
-        raise
-    except Exception as error:  # a bug of ours must not stop a training that exact backprop could do
-        log.warning(
-            "A chain of %d blocks is left exact after an internal error.", len(chain.blocks), exc_info=True
-        )
-        return _internal(error)
-
-
-def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Options]) -> list[Outcome]:
-    """Leave chains exact that are not expected to be faster iterated."""
-    exact: Sequential | None = None
-    done = list(outcomes)
-    for i, (outcome, each) in enumerate(zip(outcomes, options, strict=True)):
-        if outcome.schedule is None or outcome.reason or each.apply != "auto":
-            continue
-        try:
-            exact = exact or Sequential(graph)
-            comparison = compare(exact, outcome.schedule)
-        except _compat.restart_exceptions():
-            raise
-        except Exception as error:
-            log.warning("A chain is left exact as its cost cannot be estimated.", exc_info=True)
-            reason = f"its cost cannot be estimated ({type(error).__name__}: {error})"
-            done[i] = replace(outcome, reason=reason, schedule=None)
-            continue
-        log.info("A chain of %d blocks: %s", len(outcome.found.blocks), comparison)
-        done[i] = replace(outcome, comparison=comparison)
-    reasons = verdicts([outcome.comparison for outcome in done])
-    return [replace(o, reason=r, schedule=None) if r else o for o, r in zip(done, reasons, strict=True)]
-
-
-def _internal(error: Exception) -> str:
-    return f"internal error: {type(error).__name__}: {error}"

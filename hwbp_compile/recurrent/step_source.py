@@ -325,7 +325,7 @@ class StepSource:
         """The dimensions that a reduction goes over."""
         rank = source.where.dim()
         given: Any = node.args[1] if len(node.args) > 1 else None
-        if given is None or given == []:
+        if given in (None, [], ()):
             return list(range(rank))
         return [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
 

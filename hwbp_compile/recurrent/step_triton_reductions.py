@@ -58,7 +58,7 @@ def _operand(writer: Writer, node: Node) -> tuple[Value, list[int]]:
     source: Any = node.args[0]
     rank = source.meta["val"].dim()
     given: Any = node.args[1] if len(node.args) > 1 else None
-    if given is None or given == []:
+    if given in (None, [], ()):
         given = list(range(rank))
     dims = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
     if any(source.meta["val"].shape[d] == ROWS for d in dims):

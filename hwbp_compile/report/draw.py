@@ -83,7 +83,7 @@ def draw(explanation: Explanation, path: Path, *, graph: int | None = None, titl
         color=QUIET,
         fontsize=9,
     )
-    _headings(figure, axes, report, before, after, title)
+    _headings(figure, axes, report, (before, after), _how(explanation, report), title)
     _legend(figure, (before, after))
     # The same graph gives the same file, so that a drawing can be kept under version control.
     with rc_context({"svg.hashsalt": "hwbp_compile"}):
@@ -137,9 +137,10 @@ def _picture(report: GraphReport, explanation: Explanation, *, rewritten: bool) 
             named[name] = ("iteration", chain, role) if isinstance(role, int) else (role, chain, 0)
             if isinstance(role, int):
                 labels[named[name]] = f"iteration {role}"
-    exact = {i for i, chain in enumerate(explanation.chains) if not chain.applied and not chain.swept}
+    there = {node.name for node in gm.graph.nodes}
+    exact = {i for i, chain in enumerate(explanation.chains) if not chain.applied}
     for name, (chain, block) in report.roles.blocks.items():
-        if not rewritten or chain in exact:
+        if not rewritten or (chain in exact and name in there):
             named.setdefault(name, ("block", chain, block))
             modules = explanation.chains[chain].modules
             labels[named[name]] = modules[block] if block < len(modules) else ""
@@ -304,15 +305,22 @@ def _shared_prefix(labels: list[str]) -> str:
     return "".join(f"{part}." for part in prefix[:-1])
 
 
+def _how(explanation: Explanation, report: GraphReport) -> str:
+    """What became of the chains of a graph."""
+    roles = [] if report.roles is None else list(report.roles.schedule.values())
+    if any(isinstance(role, int) or role == RESIDUAL for _, role in roles):
+        return "all blocks at once in every iteration"
+    swept = [explanation.chains[number] for number, role in roles if role == SWEEP]
+    if not swept:
+        return "nothing is rewritten"
+    are_whole = all(chain.swept == chain.blocks for chain in swept)
+    return f"one kernel for {'all' if are_whole else 'many'} blocks of a chain"
+
+
 def _headings(
-    figure: Figure, axes: Any, report: GraphReport, before: _Picture, after: _Picture, title: str
+    figure: Figure, axes: Any, report: GraphReport, pictures: tuple[_Picture, _Picture], how: str, title: str
 ) -> None:
-    stages = set() if report.roles is None else {role for _, role in report.roles.schedule.values()}
-    how = "nothing is rewritten"
-    if SWEEP in stages:
-        how = "one kernel for all blocks of a chain"
-    if any(isinstance(each, int) for each in stages) or RESIDUAL in stages:
-        how = "all blocks at once in every iteration"
+    before, after = pictures
     texts = (
         ("Before", report.depth_before, before.columns, "one block after the other"),
         ("After", report.depth_after, after.columns, how),

@@ -14,7 +14,8 @@ from .. import _compat
 from ..chain import Chain, Refusal
 from ..options import Options, parse_options
 from ..passes.linear import linear_part
-from ..passes.pipeline import Outcome, Record, prepare, rewrite
+from ..passes.outcomes import Outcome
+from ..passes.pipeline import Record, prepare, rewrite
 from ..passes.worth import Comparison, by_size
 from ..recurrent.capture import Layer
 from ..recurrent.packed import REASON
@@ -244,7 +245,7 @@ def _chain_report(
         iterations=iterations,
         new_nodes=len(outcome.new),
         notes=tuple(_notes(outcome, options)),
-        swept=outcome.is_swept,
+        swept=outcome.swept,
         graph=graph,
         costs=None if outcome.comparison is None else _costs(outcome.comparison),
         sizes=sizes,
@@ -254,8 +255,7 @@ def _chain_report(
 def _notes(outcome: Outcome, options: Options) -> list[str]:
     if outcome.is_iterated:
         return [*_chain_notes(len(outcome.found.blocks), options), *_judged_with_others(outcome)]
-    no_kernel = f"nor does one kernel compute it: {outcome.no_sweep}" if outcome.no_sweep else ""
-    return [note for note in (no_kernel, outcome.swept_share) if note]
+    return [f"nor does one kernel compute it: {outcome.no_sweep}"] if outcome.no_sweep else []
 
 
 def _judged_with_others(outcome: Outcome) -> list[str]:

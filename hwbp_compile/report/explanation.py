@@ -103,8 +103,8 @@ class ChainReport:
     new_nodes: int
     """The size of the schedule that replaces its backward pass."""
     notes: tuple[str, ...] = ()
-    swept: bool = False
-    """Whether one kernel computes its exact backward pass, on CPUs."""
+    swept: int = 0
+    """For how many of its blocks one kernel computes the exact backward pass, on CPUs; 0 where none does."""
     graph: int = 0
     """Which of the call's graphs it is in."""
     over: str = "depth"

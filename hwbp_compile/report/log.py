@@ -12,7 +12,8 @@ from torch.fx import Graph
 
 from .. import _compat
 from ..blocks.fuse import Fused
-from ..passes.pipeline import Outcome, Record
+from ..passes.outcomes import Outcome
+from ..passes.pipeline import Record
 from .where import Names, block_modules, shorten
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ def _describe(outcome: Outcome) -> str:
     plural = "s" * (len(found.blocks) != 1)
     chain = f"a chain of {len(found.blocks)} block{plural} ({names}; K: {found.residual or 'none'})"
     if outcome.is_swept:
-        share = f"; {outcome.swept_share}" if outcome.swept_share else ""
-        return f"swept by one kernel: {chain}, {len(outcome.new)} new nodes: {outcome.reason}{share}"
+        some = f" ({outcome.swept} of the blocks)" if outcome.swept < len(found.blocks) else ""
+        return f"swept by one kernel{some}: {chain}, {len(outcome.new)} new nodes: {outcome.reason}"
     if outcome.schedule is None:
         kernel = f"; no kernel: {outcome.no_sweep}" if outcome.no_sweep else ""
         return f"left exact: {chain}: {outcome.reason}{kernel}"

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from ..options import Options
 from ..passes.linear import linear_part
-from ..passes.pipeline import Outcome
+from ..passes.outcomes import Outcome
 from ..stage import RESIDUAL, stage_of
 
 STACKING = "stacking"

@@ -43,10 +43,11 @@ def _verdict(explanation: Explanation) -> str:
     if not chains:
         return f"Nothing is rewritten; the backward pass is exact. ({settings})"
     noun = "residual chain" + "s" * (len(chains) != 1)
+    swept = sum(c.swept > 0 for c in chains)
+    kernel = f", {swept} swept exactly by one kernel{' each' * (swept > 1)}" if swept else ""
     if not applied:
-        swept = sum(c.swept for c in chains)
-        kernel = f", for {swept} of them by one kernel{' each' * (swept > 1)}" if swept else ""
-        return f"None of {len(chains)} {noun} is iterated; the backward pass is exact{kernel}. ({settings})"
+        exact = "the backward pass is exact"
+        return f"None of {len(chains)} {noun} is iterated{kernel}; {exact}. ({settings})"
     verb = "are" if applied > 1 else "is"
     between = len(explanation.chains) - len(chains)
     rest = (
@@ -54,7 +55,7 @@ def _verdict(explanation: Explanation) -> str:
         if not between
         else f"; {between} other place{'s' * (between != 1)} stay{'s' * (between == 1)} exact"
     )
-    return f"{applied} of {len(chains)} {noun} {verb} rewritten{rest}. ({settings})"
+    return f"{applied} of {len(chains)} {noun} {verb} rewritten{kernel}{rest}. ({settings})"
 
 
 def _settings(options: Options) -> str:
@@ -74,7 +75,10 @@ def _row(number: int, chain: ChainReport) -> list[str]:
         verdict = f"{chain.iterations} iteration{plural}"
         verdict += " over time" if chain.over == "time" else f", {chain.new_nodes} new nodes"
     else:
-        verdict = f"exact, by one kernel, {chain.new_nodes} new nodes" if chain.swept else "exact"
+        verdict = "exact"
+        if chain.swept:
+            some = f"{chain.swept} of {chain.blocks} blocks " if chain.swept != chain.blocks else ""
+            verdict = f"exact, {some}by one kernel, {chain.new_nodes} new nodes"
     return [
         str(number),
         str(chain.blocks),
@@ -90,7 +94,7 @@ def _remarks(number: int, chain: ChainReport) -> str:
     said = []
     if chain.reason:
         said.append(f"left exact: {chain.reason}")
-    if len(chain.classes) > 1:
+    if len(chain.classes) > 1 and chain.applied:
         sizes = ", ".join(map(str, chain.classes))
         said.append(f"{len(chain.classes)} kinds of blocks ({sizes} of each), each batched on its own")
     said.extend(chain.notes)
