@@ -248,6 +248,27 @@ def test_two_chains_side_by_side() -> None:
     check(Towers().double(), x_of(4, D), chains=2)
 
 
+class Added(nn.Module):
+    """Two chains that begin with one cotangent, on which gradients of both hang."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.left = model(act=F.gelu, norm="none")[1:-1]
+        self.right = self.left if shared else model(act=F.gelu, norm="none")[1:-1]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.left(x) + self.right(y)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"apply": "always", "iterations": BLOCKS}], ids=["swept", "iterated"]
+)
+def test_two_chains_that_are_added(shared: bool, options: dict[str, Any]) -> None:
+    found = outcomes(Added(shared=shared), x_of(4, D), x_of(4, D).cos(), **options)
+    assert [(o.is_swept, o.is_iterated) for o in found] == [(not options, bool(options))] * 2
+
+
 def test_a_chain_that_begins_inside_of_another() -> None:
     torch.manual_seed(0)
     check(Trunk().double(), x_of(4, D), chains=2)
@@ -349,7 +370,7 @@ def test_what_is_beside_the_run(make: Callable[..., nn.Module], swept: list[int]
 
 
 @pytest.mark.slow
-def test_a_run_in_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_generated_code() -> None:
     torch.manual_seed(0)
     m = Kinds(0, 0, 1, 0, 0, 0, 0).double()
     assert [o.swept for o in outcomes(m, x_of(4, D), codegen="inductor")] == [4]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
@@ -80,6 +80,15 @@ class Backward:
     part: LinearPart
     taken: set[Node]
     compiles: bool
+    claimed: dict[int, set[Node]] = field(default_factory=dict)
+    """By the number of a chain, the gradients that its schedule computes."""
+
+    def not_for(self, number: int) -> set[Node]:
+        """What the schedule of a chain is not to compute: states of all, and gradients of others.
+
+        What hangs on a state alone that two chains begin with belongs to either.
+        """
+        return self.taken.union(*(nodes for n, nodes in self.claimed.items() if n != number))
 
 
 def outcomes_of(
@@ -96,7 +105,8 @@ def outcomes_of(
     Raises:
         IsWatched: see ``stops``.
     """
-    candidates = [_Candidate(backward, *each) for each in zip(found, options, strict=True)]
+    pairs_of = zip(found, options, strict=True)
+    candidates = [_Candidate(backward, number, *each) for number, each in enumerate(pairs_of)]
     planned = _worth_it(backward.graph, [c.plan() for c in candidates], [c.judged for c in candidates])
     pairs = list(zip(candidates, planned, strict=True))
     if stops and any(c.is_watched(p) and isinstance(p.found, Chain) for c, p in pairs):
@@ -107,8 +117,8 @@ def outcomes_of(
 class _Candidate:
     """A chain, or what looks like one, of which it is to be decided what becomes."""
 
-    def __init__(self, backward: Backward, found: Chain | Refusal, options: Options) -> None:
-        self._backward, self._found, self._options = backward, found, options
+    def __init__(self, backward: Backward, number: int, found: Chain | Refusal, options: Options) -> None:
+        self._backward, self._number, self._found, self._options = backward, number, found, options
         is_chosen = options.watch and options.apply == "auto"
         self.judged = options.judged() if is_chosen else options
         """The options by which it is judged whether an iteration is worth it."""
@@ -150,11 +160,10 @@ class _Candidate:
         if end - start < fewest:
             return "its blocks are of several kinds"
 
-        def trace() -> Schedule:
-            run = part_of(chain, start, end)
-            return trace_sweep(run, backward.part, backward.taken, compiles=backward.compiles)
+        def trace(taken: set[Node]) -> Schedule:
+            return trace_sweep(part_of(chain, start, end), backward.part, taken, compiles=backward.compiles)
 
-        return _traced(end - start, trace)
+        return self._traced(end - start, trace)
 
     def _prefers_sweep(self) -> bool:
         if not kernels.prefers_kernels() or isinstance(self._found, Refusal):
@@ -172,25 +181,26 @@ class _Candidate:
         if reason is not None:
             return Outcome(found, reason)
 
-        def trace() -> Schedule:
-            head = without_tail(found, options.exact_tail)
-            return trace_schedule(head, options, backward.part, backward.taken)
+        def trace(taken: set[Node]) -> Schedule:
+            return trace_schedule(without_tail(found, options.exact_tail), options, backward.part, taken)
 
-        schedule = _traced(len(found.blocks), trace)
+        schedule = self._traced(len(found.blocks), trace)
         return Outcome(found, schedule) if isinstance(schedule, str) else Outcome(found, "", schedule)
 
-
-def _traced(blocks: int, trace: Callable[[], Schedule]) -> Schedule | str:
-    """The schedule of so many blocks; or why there is none."""
-    try:
-        return trace()
-    except CannotRewrite as refusal:
-        return refusal.reason
-    except _compat.restart_exceptions():
-        raise
-    except Exception as error:  # a bug of ours must not stop a training that exact backprop could do
-        log.warning("A chain of %d blocks is left exact after an internal error.", blocks, exc_info=True)
-        return internal(error)
+    def _traced(self, blocks: int, trace: Callable[[set[Node]], Schedule]) -> Schedule | str:
+        """A schedule of so many blocks, which is told what it is not to compute; or why there is none."""
+        try:
+            schedule = trace(self._backward.not_for(self._number))
+        except CannotRewrite as refusal:
+            return refusal.reason
+        except _compat.restart_exceptions():
+            raise
+        except Exception as error:  # a bug of ours must not stop a training that exact backprop could do
+            log.warning("A chain of %d blocks is left exact after an internal error.", blocks, exc_info=True)
+            return internal(error)
+        summed = {n for group in schedule.summed for n in group.nodes}
+        self._backward.claimed[self._number] = summed.union(schedule.replaced)
+        return schedule
 
 
 def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Options]) -> list[Outcome]:

@@ -205,7 +205,7 @@ def _insert_all(graph: Graph, outcomes: list[Outcome], backup: Graph) -> list[Ou
         sort_topologically(graph)
         graph.eliminate_dead_code()
         graph.lint()
-    except Exception as error:  # see _traced
+    except Exception as error:  # see outcomes.py
         log.warning("All chains are left exact after an internal error.", exc_info=True)
         _compat.restore_graph(graph, backup)
         prepare(graph, backup=backup)

@@ -95,9 +95,9 @@ class ChainReport:
     options: Options
     """The options in force."""
     applied: bool
-    """Whether its backward pass is rewritten."""
+    """Whether it is iterated."""
     reason: str
-    """Why it is not; empty if it is."""
+    """Why it is not; empty if it is. Its exact backward pass may be one kernel still, see ``swept``."""
     iterations: int | None
     """How many iterations are done; None where the backward pass stays exact."""
     new_nodes: int
