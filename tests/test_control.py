@@ -125,6 +125,7 @@ def test_replaced_parameters_keep_the_settings_of_their_model() -> None:
     assert same(grads(m, c, X), expected)
 
 
+@pytest.mark.slow
 def test_a_new_setting_holds_for_all_sizes_of_a_dynamic_graph() -> None:
     m = model()
     inputs = [torch.randn(n, 4, dtype=torch.float64) for n in (3, 5, 8)]

@@ -61,7 +61,7 @@ def test_exact_at_the_length_of_the_chain(family: str, size: Size, seed: int) ->
     assert relative_error(found, exact(case)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE | LONG | LIKE_OTHERS))
+@pytest.mark.parametrize("family", some_slow(FAMILIES, LARGE | LONG | LIKE_OTHERS | {"preact_resnet"}))
 @given(size=sizes, seed=st.integers(0, 2**31), more=st.integers(1, 3))
 def test_reference_at_few_iterations(family: str, size: Size, seed: int, more: int) -> None:
     check_iterations(build(family, size, seed), [0, more])

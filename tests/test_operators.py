@@ -171,7 +171,8 @@ def test_explained() -> None:
     assert "as_strided_scatter" not in explained.before[0]
 
 
-@pytest.mark.parametrize("name", some_slow(CASES, set(CASES) - {"indices"}))
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_batched_in_generated_code(name: str) -> None:
     """Inductor (2.13) writes at indices into expanded memory as if its rows did not lie on each other."""
     case = build(name)

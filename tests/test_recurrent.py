@@ -275,14 +275,13 @@ def variants() -> list[Any]:
     only = {"projection": "lstm", "projection, no bias": "lstm", "relu": "rnn_tanh"}
     kinds = [kind for kind in KINDS if kind != "rnn_relu"]  # a variant of rnn_tanh
     every = [(kind, name) for kind in kinds for name in VARIANTS if only.get(name, kind) == kind]
-    in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection", "layers"}}
-    most = {"layers, bidirectional, batch first", "bidirectional", "no bias"}
+    in_ci = {False: {"plain"}, True: set(VARIANTS) - {"projection", "layers", "bidirectional", "no bias"}}
     return [
         pytest.param(
             *each,
             given,
             marks=()
-            if each[1] in in_ci[given] and (each[1] not in most or each[0] == "gru")
+            if each[1] in in_ci[given] and (each[0] == "gru" or "layers" not in each[1])
             else pytest.mark.slow,
         )
         for each in every
@@ -358,7 +357,7 @@ def test_no_residual_path() -> None:
         assert iterated or "gamma=1.0" in chain.reason
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("iterations", ["exact", 6])
 def test_automatic_mixed_precision(kind: str, before: bool, iterations: int | str) -> None:
@@ -640,7 +639,7 @@ def test_dynamo_is_reset_with_all_that_it_gave_up() -> None:
     [
         ("gru", "eager", "exact"),
         ("lstm", "eager", 5),
-        ("gru", "inductor", 5),
+        pytest.param("gru", "inductor", 5, marks=pytest.mark.slow),
         pytest.param("lstm", "inductor", "exact", marks=pytest.mark.slow),
     ],
 )
@@ -698,7 +697,7 @@ def test_lengths_and_batches_that_change(kind: str, group_size: int) -> None:
     assert graphs(None) == [1, 1, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("kind", some_slow(["gru", "lstm"], {"lstm"}))
 @pytest.mark.parametrize("iterations", ["exact", 2])
 def test_programs_do_not_grow_with_the_length(kind: str, iterations: int | str) -> None:
     """So neither does what it takes to compile them."""

@@ -63,7 +63,7 @@ def compiled_with_counts(model: nn.Module, **options: Any) -> tuple[Any, Counter
 @pytest.mark.parametrize(
     "options",
     [
-        {"apply": "never"},
+        pytest.param({"apply": "never"}, marks=pytest.mark.slow),
         pytest.param({"iterations": 1}, marks=pytest.mark.slow),
         {"iterations": 2, "group_size": 2},
     ],

@@ -134,8 +134,8 @@ for name, (cell, dtypes, has_kernel) in CELLS.items():
 print("done")
 """
 
-FEW = ["s lstm", "block gru", "gru 40"]
-"""One with several states and maxima, one with blocks, one with gates and tiles that are filled up."""
+FEW = ["s lstm", "gru 40"]
+"""One with several states and maxima, one with gates and tiles that are filled up."""
 
 
 def run(script: str, *arguments: str, interpret: bool) -> None:

@@ -128,6 +128,7 @@ def test_of_recurrences_it_is_known_before(
     assert hwbp_compile.monitor(m).history[-1].watched
 
 
+@pytest.mark.slow
 def test_what_was_found_before_an_abort_is_forgotten(
     done: list[str], programs: list[Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
