@@ -97,7 +97,7 @@ def outcomes_of(
     """Trace the schedules of the chains, and decide which of them there are to be.
 
     Args:
-        backward: where they are; it is only read.
+        backward: where they are; the graph is only read.
         found: the chains, and what looks like one.
         options: those in force for each.
         stops: whether it ends where a chain's iterations are to be watched.
@@ -105,8 +105,7 @@ def outcomes_of(
     Raises:
         IsWatched: see ``stops``.
     """
-    pairs_of = zip(found, options, strict=True)
-    candidates = [_Candidate(backward, number, *each) for number, each in enumerate(pairs_of)]
+    candidates = [_Candidate(backward, i, *each) for i, each in enumerate(zip(found, options, strict=True))]
     planned = _worth_it(backward.graph, [c.plan() for c in candidates], [c.judged for c in candidates])
     pairs = list(zip(candidates, planned, strict=True))
     if stops and any(c.is_watched(p) and isinstance(p.found, Chain) for c, p in pairs):
@@ -215,7 +214,7 @@ def _worth_it(graph: Graph, outcomes: Sequence[Outcome], options: Sequence[Optio
             comparison = compare(exact, outcome.schedule)
         except _compat.restart_exceptions():
             raise
-        except Exception as error:
+        except Exception as error:  # nor must a failure to count
             log.warning("A chain is left exact as its cost cannot be estimated.", exc_info=True)
             reason = f"its cost cannot be estimated ({type(error).__name__}: {error})"
             done[i] = replace(outcome, reason=reason, schedule=None)

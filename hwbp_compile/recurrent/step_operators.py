@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch.fx import Node
+
 from ..errors import CannotRewrite
 
 
@@ -30,6 +32,14 @@ GIVE_TRUTH = aten(
     "maximum minimum where cat amax amin"
 )
 """Operators that give 0 or 1 if what they are given is so; of two of these, a sum would be 2."""
+
+
+def reduced_dimensions(node: Node, rank: int) -> list[int]:
+    """The dimensions that a reduction of a value of a rank goes over: all, where none are given."""
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    if given in (None, [], ()):
+        return list(range(rank))
+    return [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
 
 
 def number(x: Any) -> str:

@@ -24,6 +24,7 @@ from .step_operators import (
     RESHAPES,
     VIEWS,
     number,
+    reduced_dimensions,
     truth,
 )
 from .step_program import ROWS, StepProgram, check_rows
@@ -314,20 +315,12 @@ class StepSource:
 
     def _reduce(self, node: Node, name: str) -> None:
         source = self._value(node.args[0])
-        dims = self._dims(node, source)
+        dims = reduced_dimensions(node, source.where.dim())
         size = self._checked_size(node, source, dims)
         out = self._results.get(node) or self._new(node.meta["val"].shape)
         scale = f" * {number(1 / size)}" if name == "aten::mean" else ""
         self._fold(source, dims, out, REDUCTIONS[name], "{0}", scale)
         self._values[node] = out
-
-    def _dims(self, node: Node, source: Value) -> list[int]:
-        """The dimensions that a reduction goes over."""
-        rank = source.where.dim()
-        given: Any = node.args[1] if len(node.args) > 1 else None
-        if given in (None, [], ()):
-            return list(range(rank))
-        return [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
 
     def _checked_size(self, node: Node, source: Value, dims: Sequence[int]) -> int:
         sizes = [source.where.shape[d] for d in dims]
@@ -390,7 +383,7 @@ class StepSource:
 
     def _var_mean(self, node: Node) -> None:
         source = self._value(node.args[0])
-        dims = self._dims(node, source)
+        dims = reduced_dimensions(node, source.where.dim())
         size = self._checked_size(node, source, dims)
         correction: Any = node.kwargs.get("correction", 1)
         shape = node.meta["val"][0].shape

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from ..errors import CannotRewrite
 from ..passes.linear_ops import op_name
+from .step_operators import reduced_dimensions
 from .step_program import ROWS
 from .step_tiles import Tile, Value, lane_of
 from .step_triton_operators import REDUCTIONS
@@ -56,11 +57,7 @@ def var_mean(writer: Writer, node: Node) -> list[Value]:
 def _operand(writer: Writer, node: Node) -> tuple[Value, list[int]]:
     """What is reduced, and the dimensions that this goes over."""
     source: Any = node.args[0]
-    rank = source.meta["val"].dim()
-    given: Any = node.args[1] if len(node.args) > 1 else None
-    if given in (None, [], ()):
-        given = list(range(rank))
-    dims = [d % rank for d in (given if isinstance(given, (list, tuple)) else [given])]
+    dims = reduced_dimensions(node, source.meta["val"].dim())
     if any(source.meta["val"].shape[d] == ROWS for d in dims):
         raise CannotRewrite(f"{node.target} mixes the rows of the batch", node)
     if node.kwargs.get("dtype") not in (None, source.meta["val"].dtype):
